@@ -1,0 +1,39 @@
+# The image that graders run: inference/, its weights and what they need, nothing else (see .dockerignore).
+#
+# hadolint's rules, where this file departs from what it or a reader may expect:
+#   DL3002 (last user is not root): there is no USER line. Graders mount an outputs/ that root owns, mode 0755, so the default
+#          user has to be root; any other `--user` works as well, because nothing is written outside outputs/.
+#   DL3006, DL3007 (pin the tag): 3.11-slim moves with Python's and Debian's fixes on purpose; what decides the masks, the
+#          Python packages, is pinned exactly in requirements.txt (which is also what DL3013 asks for).
+FROM python:3.11-slim
+
+LABEL org.opencontainers.image.title="samcancer" \
+      org.opencontainers.image.description="Fully automatic cancer segmentation in CT: reads /workspace/inputs, writes /workspace/outputs" \
+      org.opencontainers.image.licenses="Apache-2.0" \
+      org.opencontainers.image.version="0.1.0"
+
+WORKDIR /workspace
+
+# The slow layer first: it stays as it is while code and weights change. pip compiles what it installs, so no start pays for that.
+COPY requirements.txt ./
+RUN pip install --no-cache-dir --disable-pip-version-check --root-user-action=ignore -r requirements.txt
+
+COPY weights/ weights/
+COPY inference/ inference/
+COPY predict.sh ./
+# Hashes, not times, tie the bytecode to its source: they survive tools that rewrite file times. The folders are readable by any
+# `--user`, whatever the umask of the checkout was.
+RUN python -m compileall -q --invalidation-mode checked-hash inference \
+    && chmod -R a+rX /workspace \
+    && mkdir -p inputs outputs
+
+# No run writes outside outputs/: bytecode is compiled above, and a cache of CUDA's compiler would die with the container.
+# The NVIDIA_ variables ask the NVIDIA runtime for the devices where `--gpus` is not given, and for NVML besides CUDA.
+ENV PYTHONDONTWRITEBYTECODE=1 \
+    PYTHONUNBUFFERED=1 \
+    CUDA_CACHE_DISABLE=1 \
+    NVIDIA_VISIBLE_DEVICES=all \
+    NVIDIA_DRIVER_CAPABILITIES=compute,utility
+
+# CMD, not ENTRYPOINT: graders give their own command, /bin/bash -c "sh predict.sh".
+CMD ["/bin/bash", "-c", "sh predict.sh"]

@@ -1,0 +1,72 @@
+"""What a hybrid network is made of: one frozen dataclass, three presets, saved with the weights."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+IMAGE_SIZE = 256  # pixels a side of every slice that the network sees
+PATCH_SIZE = 16  # pixels a side of one ViT token
+TOKENS = IMAGE_SIZE // PATCH_SIZE  # tokens a side
+LEVELS = 4  # CNN down levels, each with one exchange
+
+
+@dataclass(frozen=True)
+class HybridConfig:
+    """Numbers of one hybrid network.
+
+    vit_width, vit_depth, vit_heads: embedding channels, blocks (a multiple of 4) and heads of the ViT.
+    vit_window: tokens a side of windowed attention, 0 for full attention; the exchange blocks are always full.
+    cnn_width: channels of the CNN at full resolution; they double at each of the four levels.
+    prompt_dim: channels of the prompts and of the mask decoder (SAM: 256).
+    slices: 5 as the paper, or 1 for its ablation.
+    planes_kept: True computes every window by itself with all its planes (the paper's form); False lets the depth
+        shrink 5 → 3 → 1 in the first two down levels, so that a whole stack goes through in one pass.
+    exchanges, gate: switches of the ablations: cross-branch exchanges; the classifier's hold on positive prompts.
+    """
+
+    vit_width: int
+    vit_depth: int
+    vit_heads: int
+    vit_window: int
+    cnn_width: int
+    prompt_dim: int
+    slices: int = 5
+    planes_kept: bool = False
+    exchanges: bool = True
+    gate: bool = True
+
+    def __post_init__(self) -> None:
+        if self.slices not in (1, 5):
+            raise ValueError(f"slices must be 1 or 5, not {self.slices}")
+        if self.vit_depth % LEVELS:
+            raise ValueError(f"vit_depth must be a multiple of {LEVELS}, not {self.vit_depth}")
+
+    @property
+    def radius(self) -> int:
+        """Neighbouring slices needed on each side of a target slice."""
+        return self.slices // 2
+
+    @property
+    def exchange_blocks(self) -> tuple[int, ...]:
+        """Indices of the ViT blocks that an exchange follows: 2, 5, 8, 11 of 12."""
+        step = self.vit_depth // LEVELS
+        return tuple(range(step - 1, self.vit_depth, step))
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> HybridConfig:
+        unknown = set(values) - {field.name for field in dataclasses.fields(cls)}
+        if unknown:
+            raise ValueError(f"unknown hybrid settings {sorted(unknown)}: the weights are newer than this program")
+        return cls(**values)
+
+
+PRESETS = {
+    "paper": HybridConfig(768, 12, 12, 8, cnn_width=48, prompt_dim=256, planes_kept=True),
+    "base": HybridConfig(768, 12, 12, 8, cnn_width=48, prompt_dim=256),
+    "small": HybridConfig(192, 8, 6, 0, cnn_width=16, prompt_dim=128),
+}

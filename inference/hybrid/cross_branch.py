@@ -1,0 +1,99 @@
+"""Cross-branch interaction: each ViT token and the k×k CNN pixels that it covers inform each other.
+
+Projections are folded into the query side, q·(W x) = (Wᵀq)·x, so that no pixel is ever projected: the same result
+as attention over projected pixels, for a fraction of the multiply-adds. Key biases would cancel in the softmax and are
+left out. Source: SAMCancer §2, details of SAMCT's cross-branch interaction (with √d divided, not multiplied).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from .cnn_unet import centre
+from .config import TOKENS
+from .vision_transformer import ADAPTER_SCALE, Adapter
+
+HEADS = 8
+GATE_KERNEL = 7
+
+
+def windows(pixels: Tensor) -> Tensor:
+    """(N, H, W, C) → (N, 256, k², C): the pixels under each token, tokens and pixels in row order, k = H / 16."""
+    n, height, _, channels = pixels.shape
+    k = height // TOKENS
+    split = pixels.reshape(n, TOKENS, k, TOKENS, k, channels).transpose(2, 3)
+    return split.reshape(n, TOKENS**2, k * k, channels)
+
+
+def unwindow(values: Tensor) -> Tensor:
+    """(N, 256, k²) → (N, H, W): the inverse of `windows` for one channel."""
+    n, _, pixels = values.shape
+    k = round(pixels**0.5)
+    return values.reshape(n, TOKENS, TOKENS, k, k).transpose(2, 3).reshape(n, TOKENS * k, TOKENS * k)
+
+
+class CnnToVit(nn.Module):
+    """Each token attends to its own pixels; the result goes through an adapter and is added to the token."""
+
+    def __init__(self, width: int, channels: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.query = nn.Linear(width, width)
+        self.key = nn.Linear(channels, width, bias=False)
+        self.value = nn.Linear(channels, width)
+        self.out = nn.Linear(width, width)
+        self.adapter = Adapter(width)
+
+    def forward(self, tokens: Tensor, pixels: Tensor) -> Tensor:
+        """Tokens (N, 256, E), pixels (N, 256, k², C) → change of the tokens (N, 256, E)."""
+        n, count, width = tokens.shape
+        key = self.key.weight.view(HEADS, width // HEADS, -1)
+        value = self.value.weight.view(HEADS, width // HEADS, -1)
+        query = self.query(self.norm(tokens)).view(n, count, HEADS, -1) * (width // HEADS) ** -0.5
+        query = torch.einsum("nthd,hdc->nthc", query, key)
+        attention = (query @ pixels.transpose(2, 3)).softmax(dim=-1)  # n t h p
+        context = torch.einsum("nthc,hdc->nthd", attention @ pixels, value).reshape(n, count, width)
+        attended = self.out(context + self.value.bias)
+        return attended + ADAPTER_SCALE * self.adapter(attended)
+
+
+class VitToCnn(nn.Module):
+    """A gate for each pixel: how much its token matters, times how well the pixel matches its token."""
+
+    def __init__(self, width: int, channels: int) -> None:
+        super().__init__()
+        self.pixel = nn.Linear(channels, width, bias=False)
+        self.token_gate = nn.Conv2d(2, 1, GATE_KERNEL, padding=GATE_KERNEL // 2)
+
+    def forward(self, tokens: Tensor, pixels: Tensor) -> Tensor:
+        """Tokens (N, 256, E), pixels (N, 256, k², C) → gate (N, 256, k²), in 0 … 1.5."""
+        n, _, width = tokens.shape
+        summary = torch.stack([tokens.mean(dim=-1), tokens.amax(dim=-1)], dim=1)
+        token_gate = torch.sigmoid(self.token_gate(summary.view(n, 2, TOKENS, TOKENS))).view(n, -1, 1)
+        projected = tokens @ self.pixel.weight * width**-0.5  # n t c
+        match = (pixels @ projected[..., None])[..., 0].softmax(dim=-1)
+        return token_gate * (0.5 + torch.sigmoid(match - 1 / pixels.shape[2]))
+
+
+class Exchange(nn.Module):
+    """One exchange, both ways; both read the features from before it."""
+
+    def __init__(self, width: int, channels: int) -> None:
+        super().__init__()
+        self.to_vit = CnnToVit(width, channels)
+        self.to_cnn = VitToCnn(width, channels)
+
+    def forward(self, tokens: Tensor, maps: Tensor) -> tuple[Tensor, Tensor]:
+        """Tokens (N, S, 16, 16, E) and maps (N, C, D ≥ S, H, W), whose middle S planes take part → both, changed."""
+        n, planes, _, _, width = tokens.shape
+        middle = centre(maps, planes)
+        pixels = windows(middle.permute(0, 2, 3, 4, 1).flatten(0, 1))
+        flat = tokens.reshape(n * planes, TOKENS**2, width)
+        gate = unwindow(self.to_cnn(flat, pixels)).view(n, 1, planes, *maps.shape[3:])
+        changed = middle + middle * gate
+        tokens = tokens + self.to_vit(flat, pixels).view(tokens.shape)
+        if planes < maps.shape[2]:
+            margin = (maps.shape[2] - planes) // 2
+            changed = torch.cat([maps[:, :, :margin], changed, maps[:, :, margin + planes :]], dim=2)
+        return tokens, changed

@@ -1,0 +1,89 @@
+"""SAMCancer's hybrid network: SAM beside a U-shaped CNN over five-slice windows."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+from .cnn_unet import CnnUNet, centre
+from .config import LEVELS, HybridConfig
+from .cross_branch import Exchange
+from .indicator_prompt import IndicatorPromptEncoder
+from .mask_decoder import BatchMaskDecoder
+from .vision_transformer import StagedViT, initialise
+
+
+class HybridOutput(NamedTuple):
+    """logits: (N, S, 256, 256), lesion where > 0; presence: logits (N, S, 2), absent and present."""
+
+    logits: Tensor
+    presence: Tensor
+
+
+class Hybrid(nn.Module):
+    """The definition is windowed: N windows of five slices, each giving its centre slice (D = 5, S = 1).
+
+    Where `config.planes_kept` is False, the same call on a stack of S + 4 slices gives exactly what its S windows
+    would give one by one, for about a third of the work: nothing but the two depth-shrinking convolutions looks
+    across slices.
+    """
+
+    def __init__(self, config: HybridConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.vit = StagedViT(config)
+        self.cnn = CnnUNet(config)
+        widths = self.cnn.widths
+        self.exchanges = nn.ModuleList(Exchange(config.vit_width, width) for width in widths[1:])
+        self.prompt_encoder = IndicatorPromptEncoder(config, widths[::-1])
+        self.mask_decoder = BatchMaskDecoder(config, widths[0])
+        self._initialise()
+
+    def forward(self, stack: Tensor, present: Tensor | None = None) -> HybridOutput:
+        """Segment every slice of a stack that has its neighbours.
+
+        stack: (N, D, 256, 256) in [0, 1], D = S + 2 · radius (D = 5 where planes are kept).
+        present: (N, S) bool, the truth that gates positive prompts in training; None trusts the classifier.
+        """
+        targets = self._targets(stack)
+        image, maps = self._encode(stack, targets)
+        decoded = [self._slices(x) for x in self.cnn.decode(maps, targets)]
+        prompts = self.prompt_encoder([*decoded, image], None if present is None else present.flatten())
+        no_mask, position = self.prompt_encoder.dense()
+        logits = self.mask_decoder(image, position, prompts.sparse, no_mask, decoded[-1])
+        shape = (len(stack), targets)
+        return HybridOutput(logits.view(*shape, *logits.shape[1:]), prompts.presence.view(*shape, 2))
+
+    def _targets(self, stack: Tensor) -> int:
+        targets = stack.shape[1] - 2 * self.config.radius
+        if targets < 1 or (self.config.planes_kept and targets != 1):
+            need = "exactly" if self.config.planes_kept else "at least"
+            raise ValueError(f"this network needs {need} {self.config.slices} slices, not {stack.shape[1]}")
+        return targets
+
+    def _encode(self, stack: Tensor, targets: int) -> tuple[Tensor, list[Tensor]]:
+        """Both encoders with their exchanges → image embedding (N·S, dim, 16, 16) and the CNN's five maps."""
+        maps = [self.cnn.stem(stack[:, None])]
+        tokens = stack  # (N, planes, 256, 256), from the first stage on (N, planes, 16, 16, E)
+        for level in range(LEVELS):
+            maps.append(self.cnn.downs[level](maps[-1]))
+            planes = targets if self.config.planes_kept else maps[-1].shape[2]
+            flat = centre(tokens, planes, axis=1).flatten(0, 1)
+            flat = self.vit.stage(level, self.vit.embed(flat) if level == 0 else flat)
+            tokens = flat.unflatten(0, (len(stack), planes))
+            if self.config.exchanges:
+                tokens, maps[-1] = self.exchanges[level](tokens, maps[-1])
+        return self.vit.finish(tokens.flatten(0, 1)), maps
+
+    @staticmethod
+    def _slices(x: Tensor) -> Tensor:
+        """(N, C, S, H, W) → (N·S, C, H, W)."""
+        return x.transpose(1, 2).flatten(0, 1)
+
+    def _initialise(self) -> None:
+        """He initialisation of the convolutions (SAMCancer Table 2); linear layers keep torch's own."""
+        for module in self.cnn.modules():
+            if isinstance(module, nn.Conv3d):
+                nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+        initialise(self.vit)

@@ -1,0 +1,84 @@
+"""SAM's image encoder at 256×256, cut into stages so that exchanges can happen between them.
+
+Everything but the adapters is segment-anything's own code. Source: SAM (Kirillov et al. 2023); the adapter beside
+each MLP follows SAMCT (2024).
+"""
+
+from __future__ import annotations
+
+import torch
+from segment_anything.modeling.common import MLPBlock
+from segment_anything.modeling.image_encoder import ImageEncoderViT
+from torch import Tensor, nn
+
+from .config import IMAGE_SIZE, LEVELS, PATCH_SIZE, HybridConfig
+
+ADAPTER_REDUCTION = 4
+ADAPTER_SCALE = 0.5
+
+
+class Adapter(nn.Sequential):
+    """Bottleneck: width → width/4 → GELU → width, on the last axis."""
+
+    def __init__(self, width: int) -> None:
+        hidden = width // ADAPTER_REDUCTION
+        super().__init__(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, width))
+
+
+class AdaptedMLP(MLPBlock):
+    """SAM's MLP with an adapter in parallel; takes the place of `Block.mlp`, so SAM's own parameter names stay."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__(width, hidden)
+        self.adapter = Adapter(width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + ADAPTER_SCALE * self.adapter(x)
+
+
+class StagedViT(ImageEncoderViT):
+    """ViT whose blocks run in four stages; tokens are (slices, 16, 16, width) throughout."""
+
+    def __init__(self, config: HybridConfig) -> None:
+        super().__init__(
+            img_size=IMAGE_SIZE,
+            patch_size=PATCH_SIZE,
+            embed_dim=config.vit_width,
+            depth=config.vit_depth,
+            num_heads=config.vit_heads,
+            out_chans=config.prompt_dim,
+            use_rel_pos=True,
+            window_size=config.vit_window,
+            global_attn_indexes=config.exchange_blocks,
+        )
+        for block in self.blocks:
+            block.mlp = AdaptedMLP(config.vit_width, block.mlp.lin1.out_features)
+        self.blocks_a_stage = config.vit_depth // LEVELS
+
+    def embed(self, slices: Tensor) -> Tensor:
+        """(N, 256, 256) in [0, 1] → tokens (N, 16, 16, width)."""
+        return self.patch_embed(slices[:, None].expand(-1, 3, -1, -1)) + self.pos_embed
+
+    def stage(self, level: int, tokens: Tensor) -> Tensor:
+        """The blocks up to the exchange of `level` (0 … 3); tokens (N, 16, 16, width) → the same shape."""
+        first = level * self.blocks_a_stage
+        for block in self.blocks[first : first + self.blocks_a_stage]:
+            tokens = block(tokens)
+        return tokens
+
+    def finish(self, tokens: Tensor) -> Tensor:
+        """Tokens (N, 16, 16, width) → image embedding (N, prompt_dim, 16, 16)."""
+        return self.neck(tokens.permute(0, 3, 1, 2))
+
+    def forward(self, slices: Tensor) -> Tensor:
+        """The ViT alone, without exchanges: (N, 256, 256) → (N, prompt_dim, 16, 16)."""
+        tokens = self.embed(slices)
+        for level in range(LEVELS):
+            tokens = self.stage(level, tokens)
+        return self.finish(tokens)
+
+
+def initialise(vit: StagedViT) -> None:
+    """Small random position embedding: SAM leaves zeros, meant to be loaded over."""
+    with torch.no_grad():
+        nn.init.trunc_normal_(vit.pos_embed, std=0.02)
