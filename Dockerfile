@@ -21,17 +21,20 @@ RUN pip install --no-cache-dir --disable-pip-version-check --root-user-action=ig
 COPY weights/ weights/
 COPY inference/ inference/
 COPY predict.sh ./
-# Hashes, not times, tie the bytecode to its source: they survive tools that rewrite file times. The folders are readable by any
-# `--user`, whatever the umask of the checkout was.
+# Hashes, not times, tie the bytecode to its source: they survive tools that rewrite file times. Any `--user` can read all of it,
+# whatever the umask of the checkout was (only what differs is touched: a changed mode copies the file into one more layer).
 RUN python -m compileall -q --invalidation-mode checked-hash inference \
-    && chmod -R a+rX /workspace \
+    && find . \( ! -perm -004 -o -type d ! -perm -005 \) -exec chmod a+rX {} + \
     && mkdir -p inputs outputs
 
-# No run writes outside outputs/: bytecode is compiled above, and a cache of CUDA's compiler would die with the container.
+# No run writes outside outputs/: bytecode is compiled above, and a cache of CUDA's compiler would die with the container. torch
+# makes the folder for its compiler's cache when torchvision is imported, named after a user that `--user` may not have; one that
+# exists is left as it is.
 # The NVIDIA_ variables ask the NVIDIA runtime for the devices where `--gpus` is not given, and for NVML besides CUDA.
 ENV PYTHONDONTWRITEBYTECODE=1 \
     PYTHONUNBUFFERED=1 \
     CUDA_CACHE_DISABLE=1 \
+    TORCHINDUCTOR_CACHE_DIR=/tmp \
     NVIDIA_VISIBLE_DEVICES=all \
     NVIDIA_DRIVER_CAPABILITIES=compute,utility
 

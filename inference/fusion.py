@@ -1,0 +1,131 @@
+"""Both networks' probabilities → one mask on the scan's own grid, slice by slice.
+
+Rule: voxels where the weighted mean is high enough form 26-connected components; a component stays where both networks
+support it, or where one is sure of it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import cc3d
+import numpy as np
+from numpy.typing import NDArray
+
+SliceSource = Callable[[int], NDArray[np.float32]]
+"""z → lesion probability (y, x) on the scan's grid."""
+
+
+@dataclass(frozen=True)
+class FusionThresholds:
+    """All are probabilities but `weight`, the hybrid's share of the mean, and `min_volume_ml`.
+
+    voxel: of the mean, for a voxel to be a candidate; both_*: the component's maximum needed from each network;
+    sure_*: the maximum at which one network alone suffices; unet_voxel: of the UNet alone, where the hybrid is silent.
+    """
+
+    weight: float = 0.5
+    voxel: float = 0.5
+    unet_voxel: float = 0.5
+    both_hybrid: float = 0.5
+    both_unet: float = 0.5
+    sure_hybrid: float = 0.95
+    sure_unet: float = 0.95
+    min_volume_ml: float = 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> FusionThresholds:
+        return cls(**values)
+
+
+def fuse(
+    hybrid: SliceSource | None,
+    unet: SliceSource | None,
+    shape: tuple[int, ...],
+    voxel_ml: float,
+    thresholds: FusionThresholds,
+) -> NDArray[np.uint8]:
+    """Mask (z, y, x) in {0, 1}. hybrid is None where the scan was judged healthy, unet where it was not run."""
+    mask = np.zeros(shape, np.uint8)
+    if hybrid is None and unet is None:
+        return mask
+    for z in range(shape[0]):
+        mask[z] = _candidates(hybrid, unet, z, thresholds)
+    box = _box(mask)
+    if box is None:
+        return mask
+    labels, count = cc3d.connected_components(mask[box], connectivity=26, return_N=True)
+    keep = _kept(hybrid, unet, labels, count, box, voxel_ml, thresholds)
+    mask[box] = keep[labels]
+    return mask
+
+
+def mean_probability(
+    hybrid: SliceSource | None, unet: SliceSource | None, z: int, weight: float
+) -> NDArray[np.float32]:
+    """Weighted mean of the networks that speak, slice z (y, x)."""
+    if hybrid is None or unet is None:
+        source = unet if hybrid is None else hybrid
+        assert source is not None
+        return source(z)
+    return weight * hybrid(z) + (1 - weight) * unet(z)
+
+
+def _candidates(
+    hybrid: SliceSource | None, unet: SliceSource | None, z: int, thresholds: FusionThresholds
+) -> NDArray[np.bool_]:
+    mean = mean_probability(hybrid, unet, z, thresholds.weight)
+    if not np.isfinite(mean).all():
+        raise ValueError("a network gave probabilities that are not finite: run with --device cpu")
+    return mean >= (thresholds.unet_voxel if hybrid is None else thresholds.voxel)
+
+
+def _box(mask: NDArray[np.uint8]) -> tuple[slice, slice, slice] | None:
+    """Bounding box of the candidates."""
+    box = []
+    for axis in range(3):
+        used = np.flatnonzero(mask.any(axis=tuple(other for other in range(3) if other != axis)))
+        if not len(used):
+            return None
+        box.append(slice(int(used[0]), int(used[-1]) + 1))
+    return box[0], box[1], box[2]
+
+
+def _kept(
+    hybrid: SliceSource | None,
+    unet: SliceSource | None,
+    labels: NDArray[Any],
+    count: int,
+    box: tuple[slice, slice, slice],
+    voxel_ml: float,
+    thresholds: FusionThresholds,
+) -> NDArray[np.uint8]:
+    """1 for each label that stays; index 0 is the background."""
+    strongest_hybrid = _strongest(hybrid, labels, count, box)
+    strongest_unet = _strongest(unet, labels, count, box)
+    both = (strongest_hybrid >= thresholds.both_hybrid) & (strongest_unet >= thresholds.both_unet)
+    sure = (strongest_hybrid >= thresholds.sure_hybrid) | (strongest_unet >= thresholds.sure_unet)
+    volume_ml = np.bincount(labels.ravel(), minlength=count + 1) * voxel_ml
+    keep = (both | sure) & (volume_ml >= thresholds.min_volume_ml)
+    keep[0] = False
+    return keep.astype(np.uint8)
+
+
+def _strongest(
+    source: SliceSource | None, labels: NDArray[Any], count: int, box: tuple[slice, slice, slice]
+) -> NDArray[np.float32]:
+    """Highest probability within each component, slice by slice; −1 where the network is silent."""
+    strongest = np.full(count + 1, -1, np.float32)
+    if source is None:
+        return strongest
+    for z, plane in enumerate(labels, box[0].start):
+        inside = plane > 0
+        if inside.any():
+            np.maximum.at(strongest, plane[inside], source(z)[box[1:]][inside])
+    return strongest

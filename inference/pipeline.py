@@ -1,0 +1,162 @@
+"""One case from file to file: the map of the house."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import cc3d
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from .fusion import SliceSource, fuse, mean_probability
+from .hybrid.predict import MAX_TARGETS, SlicePredictions, predict_slices, targets_for
+from .slices import SliceGrid
+from .unet import UNet
+from .volume import Volume, case_name, read_volume, write_mask, write_probability
+from .weights import Manifest, load_hybrid, read_manifest
+
+logger = logging.getLogger(__name__)
+
+PRESENCE_SLICES = 3  # a scan's score averages so many neighbouring slices
+Progress = Callable[[str, int, int], object]  # stage, done, total
+
+
+def scan_score(presence: NDArray[np.float32]) -> float:
+    """How sure the network is of any lesion in the scan: the highest mean presence of three neighbouring slices.
+
+    One slice alone would make a long healthy scan fail by chance; scans of fewer slices are averaged whole.
+    """
+    width = min(PRESENCE_SLICES, len(presence))
+    return float(np.convolve(presence, np.full(width, 1 / width), mode="valid").max())
+
+
+@dataclass
+class Report:
+    """What is known of a case afterwards; sizes are (z, y, x)."""
+
+    case: str
+    input: str
+    size: tuple[int, int, int] = (0, 0, 0)
+    spacing_mm: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    seconds: dict[str, float] = field(default_factory=dict)
+    scan_score: float = 0.0
+    healthy: bool = False
+    lesions: int = 0
+    volume_ml: float = 0.0
+    error: str | None = None
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Time a stage."""
+        start = time.perf_counter()
+        yield
+        self.seconds[name] = round(time.perf_counter() - start, 3)
+
+    def __str__(self) -> str:
+        z, y, x = self.size
+        stages = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in self.seconds.items())
+        found = "no lesion" if not self.lesions else f"{self.lesions} lesion{'s'[: self.lesions > 1]}"
+        return f"{self.case}: {x}×{y}×{z}, {stages}; {found}, {self.volume_ml:.1f} ml"
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+class Pipeline:
+    """Both networks, loaded once for all cases."""
+
+    def __init__(self, weights: Path, device: str = "cpu", gpu_memory_mib: int = 4096) -> None:
+        """device: "cpu" or "cuda:N"; gpu_memory_mib: for everything on the device, its context included."""
+        self.manifest: Manifest = read_manifest(weights)
+        self.device = device
+        self.hybrid = load_hybrid(self.manifest)
+        self.targets = MAX_TARGETS
+        if device != "cpu":
+            self.targets = targets_for(self.hybrid, gpu_memory_mib)
+            total = torch.cuda.get_device_properties(device).total_memory
+            torch.cuda.set_per_process_memory_fraction(min(1.0, gpu_memory_mib * 2**20 / total), device)
+            self.hybrid = self.hybrid.half().to(device)
+        self.unet = UNet(self.manifest.read("unet"), self.manifest.unet, device)
+
+    def run(
+        self,
+        source: Path,
+        outputs: Path,
+        save_probabilities: bool = False,
+        progress: Progress = lambda *_: None,
+    ) -> Report:
+        """Segment `source` into `outputs`/X.nii.gz. ValueError where the input cannot be used."""
+        report = Report(case_name(source), source.name)
+        with report.stage("read"):
+            volume = read_volume(source)
+        report.size, report.spacing_mm = volume.geometry.shape, volume.spacing_mm
+        hybrid = self._hybrid_source(volume, report, progress)
+        unet = self._unet_source(volume, report, progress)
+        with report.stage("fuse"):
+            body = fuse(hybrid, unet, volume.body.shape, voxel_ml(volume), self.manifest.fusion)
+            mask = np.zeros(volume.hu.shape, np.uint8)
+            mask[volume.box] = body
+            report.lesions = int(cc3d.connected_components(body, connectivity=26, return_N=True)[1])
+            report.volume_ml = float(body.sum(dtype=np.int64) * voxel_ml(volume))
+        with report.stage("write"):
+            if save_probabilities:
+                probability = self._probability(volume, hybrid, unet)
+                write_probability(probability, volume.geometry, outputs / f"{report.case}_probability.nii.gz")
+            write_mask(mask, volume.geometry, outputs / f"{report.case}.nii.gz")
+        return report
+
+    def _hybrid_source(self, volume: Volume, report: Report, progress: Progress) -> SliceSource | None:
+        """The hybrid's probability a slice of the body, or None where the scan is judged healthy."""
+        manifest = self.manifest
+        grid = SliceGrid(volume.body.shape, volume.spacing_mm, manifest.plane, manifest.resize)
+        done = 0
+
+        def advance(count: int) -> None:
+            nonlocal done
+            done += count
+            progress("hybrid", done, len(grid))
+
+        with report.stage("hybrid"):
+            predictions = predict_slices(self.hybrid, grid, volume.body, manifest.window_hu, self.targets, advance)
+        report.scan_score = scan_score(predictions.presence)
+        report.healthy = report.scan_score < manifest.gate.scan_threshold
+        return None if report.healthy else slice_source(predictions, grid)
+
+    def _unet_source(self, volume: Volume, report: Report, progress: Progress) -> SliceSource | None:
+        if report.healthy and self.manifest.gate.skip_unet:
+            return None
+        with report.stage("unet"):
+            return self.unet.probabilities(
+                volume.body, volume.spacing_mm, lambda done, total: progress("unet", done, total)
+            ).slice
+
+    def _probability(
+        self, volume: Volume, hybrid: SliceSource | None, unet: SliceSource | None
+    ) -> NDArray[np.uint8]:
+        """The fused probability on the scan's grid, 0 … 255 for 0 … 1."""
+        whole = np.zeros(volume.hu.shape, np.uint8)
+        if hybrid is None and unet is None:
+            return whole
+        body = whole[volume.box]
+        for z in range(len(body)):
+            mean = mean_probability(hybrid, unet, z, self.manifest.fusion.weight)
+            body[z] = np.rint(255 * np.clip(mean, 0, 1))
+        return whole
+
+
+def slice_source(predictions: SlicePredictions, grid: SliceGrid) -> SliceSource:
+    """z → the hybrid's probability (y, x) on the scan's grid, whatever plane the network looks along."""
+    if grid.axis == 0:
+        return lambda z: grid.restore(predictions.probability[z].astype(np.float32))
+    return lambda z: grid.restore_axial(predictions.probability, z)
+
+
+def voxel_ml(volume: Volume) -> float:
+    return float(np.prod(volume.spacing_mm)) / 1000

@@ -1,0 +1,195 @@
+"""The 3-D UNet through ONNX Runtime: the scan at 3×2×2 mm, overlapping patches, a Gaussian blend.
+
+Source: the FLARE 2024 winner's class of network (4 levels, 3×2×2 mm, patches 96×128×128); patch positions and Gaussian
+weights as nnU-Net. Arrays are (z, y, x).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import logging
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+from numpy.typing import NDArray
+
+from .resampling import axis_matrix
+from .slices import LUNG_WINDOW_HU, TISSUE_WINDOW_HU, window
+
+logger = logging.getLogger(__name__)
+
+AIR_HU = -1024
+BLEND_SIGMA = 1 / 8  # of a patch side, as nnU-Net
+EMPTY_HU = -900.0  # a patch with nothing denser than this is air: probability 0, not computed
+Progress = Callable[[int, int], object]
+
+
+@dataclass(frozen=True)
+class UNetConfig:
+    """spacing_mm, patch: (z, y, x); features of the first level; windows_hu: one input channel each."""
+
+    features: int = 16
+    spacing_mm: tuple[float, float, float] = (3.0, 2.0, 2.0)
+    patch: tuple[int, int, int] = (96, 128, 128)
+    overlap: float = 0.5
+    windows_hu: tuple[tuple[float, float], ...] = (TISSUE_WINDOW_HU, LUNG_WINDOW_HU)
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> UNetConfig:
+        spacing, patch, windows = values["spacing_mm"], values["patch"], values["windows_hu"]
+        return cls(
+            values["features"],
+            (spacing[0], spacing[1], spacing[2]),
+            (patch[0], patch[1], patch[2]),
+            values["overlap"],
+            tuple((low, high) for low, high in windows),
+        )
+
+
+def grid_shape(shape: tuple[int, ...], spacing_mm: tuple[float, ...], config: UNetConfig) -> tuple[int, ...]:
+    """Voxels of the network's grid that cover a scan."""
+    return tuple(max(1, round(n * s / t)) for n, s, t in zip(shape, spacing_mm, config.spacing_mm, strict=True))
+
+
+def resample(
+    volume: NDArray[Any], spacing_mm: tuple[float, ...], config: UNetConfig
+) -> NDArray[np.float32]:
+    """A scan (HU) or a mask on the network's grid, antialiased; first in-plane, slice by slice, then along z."""
+    depth, height, width = grid_shape(volume.shape, spacing_mm, config)
+    slabs = axis_matrix(volume.shape[0], spacing_mm[0], depth, config.spacing_mm[0])
+    rows = axis_matrix(volume.shape[1], spacing_mm[1], height, config.spacing_mm[1])
+    columns = axis_matrix(volume.shape[2], spacing_mm[2], width, config.spacing_mm[2]).T
+    grid = np.zeros((depth, height, width), np.float32)
+    for z in range(volume.shape[0]):
+        plane = rows @ volume[z].astype(np.float32) @ columns
+        for k in np.flatnonzero(slabs[:, z]):
+            grid[k] += slabs[k, z] * plane
+    return grid
+
+
+def channels(grid_hu: NDArray[np.float32], config: UNetConfig) -> NDArray[np.float32]:
+    """HU (z, y, x) → network input (windows, z, y, x) in [0, 1]."""
+    return np.stack([window(grid_hu, low_high) for low_high in config.windows_hu])
+
+
+def patch_starts(size: int, patch: int, overlap: float) -> list[int]:
+    """Starts of patches that cover `size` evenly, at most patch · (1 − overlap) apart; nnU-Net's rule."""
+    if size <= patch:
+        return [0]
+    count = int(np.ceil((size - patch) / (patch * (1 - overlap)))) + 1
+    return [round(i * (size - patch) / (count - 1)) for i in range(count)]
+
+
+def gaussian(patch: tuple[int, ...]) -> NDArray[np.float32]:
+    """Blending weights of a patch, 1 at the centre; kept above zero so that every voxel has a weight."""
+    axes = [np.exp(-0.5 * ((np.arange(n) - (n - 1) / 2) / (n * BLEND_SIGMA)) ** 2) for n in patch]
+    weights = axes[0][:, None, None] * axes[1][:, None] * axes[2]
+    return np.maximum(weights, 1e-4).astype(np.float32)
+
+
+@dataclass(frozen=True)
+class GridProbability:
+    """Lesion probability on the network's grid, readable slice by slice on the scan's own."""
+
+    grid: NDArray[np.float32]
+    shape: tuple[int, int, int]
+    spacing_mm: tuple[float, float, float]
+    grid_spacing_mm: tuple[float, float, float]
+
+    def __post_init__(self) -> None:
+        matrices = [
+            axis_matrix(n_grid, s_grid, n, s)
+            for n_grid, s_grid, n, s in zip(
+                self.grid.shape, self.grid_spacing_mm, self.shape, self.spacing_mm, strict=True
+            )
+        ]
+        object.__setattr__(self, "_matrices", matrices)
+
+    def slice(self, z: int) -> NDArray[np.float32]:
+        """Probability (y, x) of slice z of the scan: two planes of the grid at most are touched."""
+        slabs, rows, columns = self._matrices  # type: ignore[attr-defined]
+        used = np.flatnonzero(slabs[z])
+        plane = np.tensordot(slabs[z, used], self.grid[used], axes=1)
+        return rows @ plane @ columns.T
+
+
+def open_session(content: bytes, device: str, gpu_memory_mib: int, threads: int) -> ort.InferenceSession:
+    """A session on `device` ("cpu" or "cuda:N"); where CUDA cannot be had, on the CPU with a warning."""
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 3
+    providers: list[Any] = ["CPUExecutionProvider"]
+    if device != "cpu":
+        ort.preload_dlls()
+        cuda = {
+            "device_id": int(device.partition(":")[2] or 0),
+            "gpu_mem_limit": gpu_memory_mib * 2**20,
+            "arena_extend_strategy": "kSameAsRequested",
+            "cudnn_conv_algo_search": "HEURISTIC",
+        }
+        providers.insert(0, ("CUDAExecutionProvider", cuda))
+    session = ort.InferenceSession(content, options, providers=providers)  # bytes: no file beside it can be reached
+    if device != "cpu" and session.get_providers()[0] != "CUDAExecutionProvider":
+        logger.warning("ONNX Runtime cannot use %s: the UNet runs on the CPU", device)
+    return session
+
+
+class UNet:
+    """The UNet of one folder of weights."""
+
+    def __init__(
+        self, content: bytes, config: UNetConfig, device: str = "cpu", gpu_memory_mib: int = 2048, threads: int = 0
+    ) -> None:
+        """content: of the .onnx file; threads: 0 for one a core that this process may use."""
+        self.config = config
+        try:
+            self.session = open_session(content, device, gpu_memory_mib, threads or len(os.sched_getaffinity(0)))
+        except Exception as error:  # ONNX Runtime's own classes are not public
+            raise ValueError(f"the UNet's ONNX file cannot be used: {str(error).splitlines()[0]}") from error
+
+    def probabilities(
+        self,
+        hu: NDArray[np.int16],
+        spacing_mm: tuple[float, float, float],
+        progress: Progress = lambda *_: None,
+    ) -> GridProbability:
+        """Lesion probability of a scan (z, y, x) of HU."""
+        grid_hu = resample(hu, spacing_mm, self.config)
+        margins = [max(0, p - n) for p, n in zip(self.config.patch, grid_hu.shape, strict=True)]
+        padded = np.pad(grid_hu, [(0, m) for m in margins], constant_values=AIR_HU)
+        blended = self._blend(padded, progress)
+        z, y, x = grid_hu.shape
+        shape = (hu.shape[0], hu.shape[1], hu.shape[2])
+        return GridProbability(np.ascontiguousarray(blended[:z, :y, :x]), shape, spacing_mm, self.config.spacing_mm)
+
+    def _blend(self, grid_hu: NDArray[np.float32], progress: Progress) -> NDArray[np.float32]:
+        total, weight = np.zeros_like(grid_hu), np.zeros_like(grid_hu)
+        blend = gaussian(self.config.patch)
+        patches = self._patches(grid_hu.shape)
+        for done, place in enumerate(patches, 1):
+            if grid_hu[place].max() > EMPTY_HU:
+                total[place] += blend * self._run(grid_hu[place])
+            weight[place] += blend
+            progress(done, len(patches))
+        return total / weight
+
+    def _patches(self, shape: tuple[int, ...]) -> list[tuple[slice, ...]]:
+        starts = [patch_starts(n, p, self.config.overlap) for n, p in zip(shape, self.config.patch, strict=True)]
+        return [
+            tuple(slice(start, start + p) for start, p in zip(corner, self.config.patch, strict=True))
+            for corner in itertools.product(*starts)
+        ]
+
+    def _run(self, patch_hu: NDArray[np.float32]) -> NDArray[np.float32]:
+        probability = self.session.run(None, {"image": channels(patch_hu, self.config)[None]})[0][0, 0]
+        if not np.isfinite(probability).all():
+            raise ValueError("the UNet gave values that are not finite: run it with --device cpu")
+        return probability

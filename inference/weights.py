@@ -1,0 +1,132 @@
+"""A folder of weights: a manifest, and the files it names with their checksums. safetensors and ONNX only, never pickle.
+
+`manifest.json` holds everything that belongs to the weights and not to the program: network settings, plane,
+resizing, window, thresholds of gate and fusion, and how they were made.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .fusion import FusionThresholds
+from .hybrid.config import HybridConfig
+from .slices import Plane, Resize
+from .unet import UNetConfig
+
+if TYPE_CHECKING:
+    from .hybrid.model import Hybrid
+
+MANIFEST = "manifest.json"
+FORMAT = 1
+SUFFIXES = {"hybrid": ".safetensors", "unet": ".onnx"}
+WEIGHTS_FOLDER = Path(__file__).parent.parent / "weights"
+
+
+@dataclass(frozen=True)
+class Gate:
+    """Verdict on a whole scan.
+
+    scan_threshold: a scan whose score (see `pipeline.scan_score`) lies below is judged healthy.
+    skip_unet: do not even run the UNet on a scan judged healthy.
+    """
+
+    scan_threshold: float
+    skip_unet: bool = False
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """`folder`/manifest.json, checked."""
+
+    folder: Path
+    name: str
+    hybrid: HybridConfig
+    plane: Plane
+    resize: Resize
+    window_hu: tuple[float, float]
+    unet: UNetConfig
+    gate: Gate
+    fusion: FusionThresholds
+    files: dict[str, dict[str, str]]
+
+    def read(self, part: str) -> bytes:
+        """The bytes of "hybrid" or "unet", after their checksum was compared."""
+        entry = self.files[part]
+        path = self.folder / entry["file"]
+        if path.suffix != SUFFIXES[part] or path.name != entry["file"]:
+            raise ValueError(f"{path}: weights must be a {SUFFIXES[part]} file beside the manifest")
+        try:
+            content = path.read_bytes()
+        except OSError as error:
+            raise ValueError(f"{path}: cannot be read ({error.strerror}): copy the weights again") from error
+        if hashlib.sha256(content).hexdigest() != entry["sha256"]:
+            raise ValueError(f"{path}: the checksum differs from {MANIFEST}'s: copy the weights again")
+        return content
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Read and check `folder`/manifest.json. ValueError with the mend where something is missing or unknown."""
+    path = folder / MANIFEST
+    try:
+        values: dict[str, Any] = json.loads(path.read_text())
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error.strerror}): name a folder of weights") from error
+    except ValueError as error:
+        raise ValueError(f"{path}: is not JSON ({error}): copy the weights again") from error
+    try:
+        if values["format"] != FORMAT:
+            raise ValueError(f"format {values['format']} is unknown to this program, which reads {FORMAT}")
+        return _parse(folder, values)
+    except KeyError as error:
+        raise ValueError(f"{path}: {error} is missing: copy the weights again") from error
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def _parse(folder: Path, values: dict[str, Any]) -> Manifest:
+    hybrid, unet = values["hybrid"], values["unet"]
+    low, high = hybrid["window_hu"]
+    return Manifest(
+        folder=folder,
+        name=values["name"],
+        hybrid=HybridConfig.from_dict(hybrid["config"]),
+        plane=hybrid["plane"],
+        resize=hybrid["resize"],
+        window_hu=(low, high),
+        unet=UNetConfig.from_dict(unet["config"]),
+        gate=Gate(**values["gate"]),
+        fusion=FusionThresholds.from_dict(values["fusion"]),
+        files={part: {key: values[part][key] for key in ("file", "sha256")} for part in SUFFIXES},
+    )
+
+
+def find_weights(name_or_folder: str) -> Path:
+    """A folder of weights by its path, or by its name under weights/."""
+    for folder in (Path(name_or_folder), WEIGHTS_FOLDER / name_or_folder):
+        if (folder / MANIFEST).is_file():
+            return folder
+    known = sorted(path.parent.name for path in WEIGHTS_FOLDER.glob(f"*/{MANIFEST}"))
+    raise ValueError(f"{name_or_folder}: no weights there; name a folder with a {MANIFEST}, or one of {known}")
+
+
+def load_hybrid(manifest: Manifest) -> Hybrid:
+    """The hybrid network in float32, in evaluation mode, on the CPU."""
+    import torch
+    from safetensors import SafetensorError
+    from safetensors.torch import load
+
+    from .hybrid.model import Hybrid, channels_last
+
+    try:
+        state = load(manifest.read("hybrid"))
+        with torch.device("meta"):  # no time is spent on random numbers that are overwritten at once
+            model = Hybrid(manifest.hybrid)
+        model.load_state_dict({name: value.float() for name, value in state.items()}, assign=True)
+    except (RuntimeError, SafetensorError) as error:
+        first_line = str(error).split("\n")[0]
+        raise ValueError(f"{manifest.folder}: the hybrid weights do not fit their settings: {first_line}") from error
+    return channels_last(model.eval().requires_grad_(False))

@@ -1,0 +1,73 @@
+"""Factored forms against the plain ones that they replace."""
+
+import torch
+import torch.nn.functional as F
+
+from inference.hybrid.config import HybridConfig
+from inference.hybrid.cross_branch import HEADS, CnnToVit, VitToCnn, unwindow, windows
+from inference.hybrid.mask_decoder import BatchMaskDecoder
+
+CONFIG = HybridConfig(64, 4, 4, 0, cnn_width=8, prompt_dim=32)
+
+
+def test_windows_holds_the_pixels_under_each_token() -> None:
+    image = torch.arange(64 * 64.0).reshape(1, 64, 64, 1)
+    cut = windows(image)
+    # token (row 2, column 3) covers rows 8 … 11 and columns 12 … 15
+    torch.testing.assert_close(cut[0, 2 * 16 + 3, :, 0].reshape(4, 4), image[0, 8:12, 12:16, 0])
+    torch.testing.assert_close(unwindow(cut[..., 0]), image[..., 0])
+
+
+def test_token_attention_is_multi_head_attention_over_projected_pixels() -> None:
+    torch.manual_seed(0)
+    layer = CnnToVit(64, 24).double()
+    tokens, pixels = torch.randn(2, 256, 64).double(), torch.randn(2, 256, 16, 24).double()
+
+    def split(x: torch.Tensor) -> torch.Tensor:  # (2, 256, n, 64) → (2, 256, heads, n, 8)
+        return x.unflatten(-1, (HEADS, -1)).transpose(2, 3)
+
+    query = split(layer.query(layer.norm(tokens))[:, :, None])
+    attended = F.scaled_dot_product_attention(query, split(layer.key(pixels)), split(layer.value(pixels)))
+    plain = layer.out(attended.transpose(2, 3).flatten(2))
+    torch.testing.assert_close(layer(tokens, pixels), plain + 0.5 * layer.adapter(plain))
+
+
+def test_pixel_gate_matches_its_definition() -> None:
+    torch.manual_seed(0)
+    layer = VitToCnn(64, 24).double()
+    tokens, pixels = torch.randn(2, 256, 64).double(), torch.randn(2, 256, 16, 24).double()
+    match = (layer.pixel(pixels) * tokens[:, :, None]).sum(-1) / 64**0.5
+    weight = 0.5 + torch.sigmoid(match.softmax(-1) - 1 / 16)
+    summary = torch.stack([tokens.mean(-1), tokens.max(-1).values], 1).reshape(2, 2, 16, 16)
+    scalar = torch.sigmoid(layer.token_gate(summary)).reshape(2, 256, 1)
+    torch.testing.assert_close(layer(tokens, pixels), scalar * weight)
+
+
+def test_mask_decoder_adds_the_detail_before_the_dot_product() -> None:
+    torch.manual_seed(0)
+    decoder = BatchMaskDecoder(CONFIG, 8).double()
+    image, prompts = torch.randn(3, 32, 16, 16).double(), torch.randn(3, 4, 32).double()
+    position, no_mask = torch.randn(1, 32, 16, 16).double(), torch.randn(1, 32, 1, 1).double()
+    detail = torch.randn(3, 8, 256, 256).double()
+    own = torch.cat([decoder.iou_token.weight, decoder.mask_tokens.weight]).expand(3, -1, -1)
+    tokens, context = decoder.transformer(
+        image + no_mask, position.expand(3, -1, -1, -1), torch.cat([own, prompts], dim=1)
+    )
+    upscaled = decoder.output_upscaling(context.transpose(1, 2).reshape(3, 32, 16, 16))
+    full = F.interpolate(upscaled, size=256, mode="bilinear") + decoder.detail(detail.permute(0, 2, 3, 1)).permute(
+        0, 3, 1, 2
+    )
+    vector = decoder.output_hypernetworks_mlps[0](tokens[:, 1])
+    expected = (vector[:, :, None, None] * full).sum(1)
+    torch.testing.assert_close(decoder(image, position, prompts, no_mask, detail), expected)
+
+
+def test_mask_decoder_treats_each_slice_by_itself() -> None:
+    torch.manual_seed(0)
+    decoder = BatchMaskDecoder(CONFIG, 8)
+    image, prompts, detail = torch.randn(3, 32, 16, 16), torch.randn(3, 4, 32), torch.randn(3, 8, 256, 256)
+    position, no_mask = torch.randn(1, 32, 16, 16), torch.randn(1, 32, 1, 1)
+    together = decoder(image, position, prompts, no_mask, detail)
+    for i in range(3):
+        alone = decoder(image[i : i + 1], position, prompts[i : i + 1], no_mask, detail[i : i + 1])
+        torch.testing.assert_close(together[i : i + 1], alone, rtol=1e-4, atol=1e-4)

@@ -1,0 +1,79 @@
+"""Augmentation of slice stacks: random classes draw, deterministic classes apply, so that any draw can be replayed.
+
+Source: SAMCancer Table 2 (contrast, gamma, rotation, scaling); the split follows torchio.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Intensity:
+    """contrast about 0.5, an offset, gamma; values stay in [0, 1]."""
+
+    contrast: float = 1.0
+    offset: float = 0.0
+    gamma: float = 1.0
+
+    def __call__(self, image: Tensor) -> Tensor:
+        air = image <= 0  # outside the patient and the window's floor stay what they are
+        changed = ((image - 0.5) * self.contrast + 0.5 + self.offset).clamp(0, 1) ** self.gamma
+        return changed.masked_fill(air, 0)
+
+
+@dataclass(frozen=True)
+class InPlane:
+    """Rotation in radians, scaling (> 1 magnifies), shift as a share of the side, flips; the same for every slice."""
+
+    rotation: float = 0.0
+    scale: float = 1.0
+    shift: tuple[float, float] = (0.0, 0.0)
+    flip: tuple[bool, bool] = (False, False)
+
+    def matrix(self) -> Tensor:
+        """(2, 3) affine of `F.affine_grid`: output to input coordinates in [−1, 1], (x, y)."""
+        cos, sin = math.cos(self.rotation) / self.scale, math.sin(self.rotation) / self.scale
+        x, y = (-1.0 if f else 1.0 for f in self.flip)
+        return torch.tensor([[cos * x, -sin * y, 2 * self.shift[0]], [sin * x, cos * y, 2 * self.shift[1]]])
+
+    def __call__(self, image: Tensor, mode: str = "bilinear") -> Tensor:
+        """(D, H, W) → the same shape; what comes from outside is 0."""
+        grid = F.affine_grid(self.matrix()[None], [1, *image.shape], align_corners=False)
+        return F.grid_sample(image[None], grid, mode=mode, align_corners=False)[0]
+
+
+@dataclass(frozen=True)
+class RandomIntensity:
+    contrast: float = 0.25
+    offset: float = 0.08
+    gamma: float = 0.3
+
+    def draw(self, rng: np.random.Generator) -> Intensity:
+        return Intensity(
+            float(np.exp(rng.uniform(-self.contrast, self.contrast))),
+            float(rng.uniform(-self.offset, self.offset)),
+            float(np.exp(rng.uniform(-self.gamma, self.gamma))),
+        )
+
+
+@dataclass(frozen=True)
+class RandomInPlane:
+    rotation: float = 0.35
+    scale: float = 0.25
+    shift: float = 0.08
+
+    def draw(self, rng: np.random.Generator) -> InPlane:
+        shift = rng.uniform(-self.shift, self.shift, 2)
+        return InPlane(
+            float(rng.uniform(-self.rotation, self.rotation)),
+            float(np.exp(rng.uniform(-self.scale, self.scale))),
+            (float(shift[0]), float(shift[1])),
+            (bool(rng.random() < 0.5), bool(rng.random() < 0.2)),
+        )

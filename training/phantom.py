@@ -1,0 +1,252 @@
+"""Procedural abdominal CTs with lesions: seeded, versioned, free of patients.
+
+`make_phantom` draws a patient (`anatomy.py`, `skeleton.py`, `viscera.py`), lesions (`lesions.py`) and a scanner,
+renders the scene on the scanner's grid (`scene.py`) and adds noise. Axis order is (z, y, x): z feet to head,
+y anterior to posterior, x right to left, which is LPS.
+
+    python -m training.phantom --out DIR --count 100 --seed 0 --jobs 4
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+from scipy.ndimage import gaussian_filter1d
+from tqdm import tqdm
+
+from training import anatomy, skeleton, viscera
+from training.anatomy import Patient
+from training.lesions import SITE_CODE, Lesion, add_lesions
+from training.scene import Canvas, render
+from training.shapes import Array, Axes
+
+PHANTOM_VERSION = 1
+"""Rises whenever the same seed gives another picture."""
+HEALTHY_SHARE = 0.25
+MAP_MM = 4.0
+"""Grid of the organ map in which lesions are placed; fixed, so that the scene depends on no scanner's voxels."""
+NOISE_VOXEL_MM = (3.0, 0.8, 0.8)
+"""Voxel for which `Scanner.noise_hu` is stated."""
+
+
+@dataclass(frozen=True)
+class Scanner:
+    """How the scene is scanned: grid, noise and sharpness."""
+
+    shape: tuple[int, int, int]
+    """Voxels (z, y, x)."""
+    spacing_mm: tuple[float, float, float]
+    """Distance of voxels (z, y, x); slices are as thick as they are apart."""
+    noise_hu: float = 14.0
+    """Standard deviation in a voxel of 3×0.8×0.8 mm in the middle of an average patient."""
+    kernel_mm: float = 1.0
+    """Full width at half maximum of the in-plane blur, which also correlates the noise."""
+    top_mm: float | None = None
+    """Height of the uppermost slice; None draws it. 130 is the top of the liver, 0 the kidneys, -90 the iliac crest."""
+    round_field: bool = False
+    """Whether voxels outside the inscribed circle are padded with -1024 HU."""
+
+    @property
+    def field_mm(self) -> tuple[float, float, float]:
+        """Extent (z, y, x)."""
+        z, y, x = (n * s for n, s in zip(self.shape, self.spacing_mm, strict=True))
+        return z, y, x
+
+    @classmethod
+    def random(cls, rng: np.random.Generator) -> Scanner:
+        """A clinical scan: 512×512 over 300 to 450 mm, slices of 1 to 5 mm, 150 to 400 mm of the trunk."""
+        field = rng.uniform(307, 450)
+        thick = float(rng.choice((1.0, 1.25, 1.5, 2.0, 2.5, 3.0, 3.75, 5.0)))
+        side = 512 if rng.random() < 0.85 or field > 430 else int(field / rng.uniform(0.8, 0.98))
+        spacing = (thick, field / side, field / side)
+        return cls((int(rng.uniform(150, 400) / thick), side, side), spacing, *_draw_quality(rng))
+
+    @classmethod
+    def training(cls, rng: np.random.Generator) -> Scanner:
+        """A scan at the network's own resolution: 256×256 over 300 to 450 mm, 48 to 96 slices of 2 to 5 mm."""
+        spacing = rng.uniform(300, 450) / 256
+        shape = (int(rng.integers(48, 97)), 256, 256)
+        return cls(shape, (float(rng.uniform(2, 5)), spacing, spacing), *_draw_quality(rng))
+
+    @classmethod
+    def demo(cls) -> Scanner:
+        """512×512×100 voxels of 0.8×0.8×3 mm from the lung bases down."""
+        return cls((100, 512, 512), (3.0, 0.8, 0.8), noise_hu=13.0, kernel_mm=1.0, top_mm=150.0)
+
+
+def _draw_quality(rng: np.random.Generator) -> tuple[float, float, None, bool]:
+    """Noise, kernel, and whether the field is round; sharp kernels are noisier."""
+    kernel = float(rng.uniform(0.6, 1.6))
+    return float(rng.uniform(7, 22) / kernel**0.7), kernel, None, bool(rng.random() < 0.25)
+
+
+@dataclass
+class Phantom:
+    """A rendered scan with its truth. All arrays are (z, y, x)."""
+
+    hu: Array
+    """int16 HU."""
+    lesions: Array
+    """uint8: 1 in lesions, else 0."""
+    organs: Array
+    """uint8 `anatomy.Organ`."""
+    sites: Array
+    """uint8: 0, or the `lesions.SITE_CODE` of the lesion there."""
+    spacing_mm: tuple[float, float, float]
+    healthy: bool
+    drawn: tuple[Lesion, ...]
+    """The lesions as drawn."""
+    phase: str
+    seed: int
+
+    @property
+    def lesion_type(self) -> str:
+        """The site of all lesions, "mixed", or "none"."""
+        names = {lesion.site for lesion in self.drawn}
+        return "none" if not names else names.pop() if len(names) == 1 else "mixed"
+
+    def annotated_by_site(self, *sites: str) -> Array:
+        """The label that annotators of only these sites would draw, uint8 {0, 1}: for partly labelled training sets."""
+        return np.isin(self.sites, [SITE_CODE[s] for s in sites]).astype(np.uint8)
+
+
+def is_healthy(seed: int, share: float = HEALTHY_SHARE) -> bool:
+    """Whether `make_phantom` draws this seed's patient without lesions, as a `share` of them are."""
+    return bool(np.random.default_rng((PHANTOM_VERSION, seed, 9)).random() < share)
+
+
+def make_phantom(seed: int, *, healthy: bool | None = None, scanner: Scanner | None = None) -> Phantom:
+    """The phantom of `seed`; `healthy` and `scanner` are drawn where not given.
+
+    Patient and lesions depend on the seed and on the region scanned in mm, not on the voxels.
+    """
+    scan_rng, scene_rng, noise_rng = (np.random.default_rng((PHANTOM_VERSION, seed, k)) for k in range(3))
+    healthy = is_healthy(seed) if healthy is None else healthy
+    scanner = Scanner.random(scan_rng) if scanner is None else scanner
+    patient = anatomy.draw_patient(scene_rng, 0.97 * scanner.field_mm[2])
+    top = _draw_top(scene_rng, scanner)
+    shift = scene_rng.normal(0, 4, 2)
+    for add in (anatomy.add_table, anatomy.add_wall, anatomy.add_chest, anatomy.add_back_muscles, viscera.add_viscera,
+                skeleton.add_spine, skeleton.add_ribs, skeleton.add_pelvis):  # fmt: skip
+        add(patient)
+    found: tuple[Lesion, ...] = ()
+    if not healthy:
+        region = _axes(scanner.field_mm, (MAP_MM,) * 3, top, shift)
+        found = add_lesions(patient, render(patient.parts, region, 1.0, seed))
+    canvas = render(patient.parts, _axes(scanner.field_mm, scanner.spacing_mm, top, shift), scanner.kernel_mm, seed)
+    hu = _scan(noise_rng, canvas, scanner, patient)
+    labels = (canvas.lesions > 0).astype(np.uint8)
+    return Phantom(hu, labels, canvas.organs, canvas.lesions, scanner.spacing_mm, healthy, found, patient.phase, seed)
+
+
+def _draw_top(rng: np.random.Generator, scanner: Scanner) -> float:
+    """Height of the scan's upper end: mostly above the liver, at times a pelvic scan."""
+    long = rng.uniform(120, 215)
+    pelvic = rng.random() < 0.12
+    drawn = rng.uniform(-60, 60) if pelvic and scanner.field_mm[0] < 260 else long
+    return float(drawn if scanner.top_mm is None else scanner.top_mm)
+
+
+def _axes(field_mm: tuple[float, ...], spacing_mm: tuple[float, ...], top_mm: float, shift_mm: Array) -> Axes:
+    """Voxel centres of a grid that fills the field, whose upper end lies at `top_mm`."""
+    starts = (top_mm - field_mm[0], shift_mm[0] - field_mm[1] / 2, shift_mm[1] - field_mm[2] / 2)
+    z, y, x = (
+        (start + (np.arange(round(f / s)) + 0.5) * s).astype(np.float32)
+        for start, f, s in zip(starts, field_mm, spacing_mm, strict=True)
+    )
+    return z, y, x
+
+
+def noise_sd(scanner: Scanner) -> float:
+    """Standard deviation of the noise in this scanner's voxels.
+
+    The noise is white in the raw data and blurred in-plane by the kernel; a voxel averages it over its box, so 2×2
+    averaging of a fine scan and scanning at twice the spacing give the same. Across slices it falls with √thickness.
+    """
+    kernel2 = (scanner.kernel_mm / 2.355) ** 2
+    width2 = [kernel2 + s**2 / 12 for s in (NOISE_VOXEL_MM[1], scanner.spacing_mm[1], scanner.spacing_mm[2])]
+    in_plane = np.sqrt(width2[0] / np.sqrt(width2[1] * width2[2]))
+    return float(scanner.noise_hu * in_plane * np.sqrt(NOISE_VOXEL_MM[0] / scanner.spacing_mm[0]))
+
+
+def _scan(rng: np.random.Generator, canvas: Canvas, scanner: Scanner, patient: Patient) -> Array:
+    """Add noise, strongest in the middle of large patients, and quantise to int16."""
+    y, x = canvas.axes[1], canvas.axes[2]
+    half = 130 * patient.scale + patient.fat_mm[1]
+    falloff = 0.6 + 0.45 * np.exp(-((y[:, None] / 110) ** 2) - (x[None, :] / 140) ** 2)
+    level = noise_sd(scanner) * np.sqrt(half / 160) * falloff.astype(np.float32)
+    sigma = [scanner.kernel_mm / 2.355 / s for s in scanner.spacing_mm[1:]]
+    out = np.empty(canvas.hu.shape, np.int16)
+    for k, plane in enumerate(canvas.hu):
+        noise = rng.standard_normal(plane.shape, np.float32)
+        if min(sigma) > 0.3:  # narrower, voxels hardly share noise
+            for axis, width in enumerate(sigma):
+                noise = gaussian_filter1d(noise, width, axis, mode="wrap", truncate=3)
+            noise /= noise.std()
+        out[k] = np.clip(np.rint(plane + level * noise), -1024, 3071)
+    if scanner.round_field:
+        radius = scanner.field_mm[2] / 2
+        out[:, np.hypot(y[:, None] - y.mean(), x[None, :] - x.mean()) > radius] = -1024
+    return out
+
+
+def write_flare(phantom: Phantom, folder: Path | str, name: str) -> None:
+    """Write `imagesTr/NAME_0000.nii.gz` (int16 HU) and `labelsTr/NAME.nii.gz` (uint8), LPS, identity direction."""
+    z, y, x = phantom.spacing_mm
+    # NIfTI counts in RAS: x and y point the other way than in LPS.
+    affine = np.diag([-x, -y, z, 1.0])
+    for place, array in (("imagesTr/{}_0000", phantom.hu), ("labelsTr/{}", phantom.lesions)):
+        path = Path(folder) / (place.format(name) + ".nii.gz")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        image = nib.Nifti1Image(np.ascontiguousarray(array.transpose(2, 1, 0)), affine)
+        image.set_data_dtype(array.dtype)
+        image.header.set_xyzt_units("mm")
+        image.set_sform(affine, code=1)
+        image.set_qform(affine, code=1)
+        nib.save(image, path)
+
+
+def _write_case(seed: int, folder: Path, healthy_share: float) -> dict[str, str | int]:
+    phantom = make_phantom(seed, healthy=is_healthy(seed, healthy_share))
+    name = f"phantom_{seed:06d}"
+    write_flare(phantom, folder, name)
+    return {"case": name, "annotated": 1, "healthy": int(phantom.healthy), "lesion_type": phantom.lesion_type}
+
+
+def write_dataset(folder: Path, count: int, seed: int, jobs: int = 1, healthy_share: float = HEALTHY_SHARE) -> None:
+    """Write phantoms of `count` seeds from `seed` on as a FLARE folder, with `cases.csv`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    work = partial(_write_case, folder=folder, healthy_share=healthy_share)
+    seeds = range(seed, seed + count)
+    if jobs > 1:
+        with ProcessPoolExecutor(jobs) as pool:
+            rows = list(tqdm(pool.map(work, seeds), total=count, unit="scan"))
+    else:
+        rows = [work(s) for s in tqdm(seeds, unit="scan")]
+    with (folder / "cases.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, ("case", "annotated", "healthy", "lesion_type"))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser("python -m training.phantom", description="Write procedural CTs with lesions.")
+    parser.add_argument("--out", type=Path, required=True, help="FLARE folder to write")
+    parser.add_argument("--count", type=int, required=True, help="number of scans")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the first scan; the next ones count up")
+    parser.add_argument("--jobs", type=int, default=1, help="processes")
+    parser.add_argument("--healthy-share", type=float, default=HEALTHY_SHARE, help="share of scans without lesions")
+    args = parser.parse_args()
+    write_dataset(args.out, args.count, args.seed, args.jobs, args.healthy_share)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,91 @@
+"""Put trained networks together as a folder of weights that `inference/` loads.
+
+    python -m training.release --hybrid RUN/hybrid.safetensors --unet RUN/unet.onnx --out weights/NAME
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import tyro
+from safetensors.torch import load_file, save
+
+from inference.fusion import FusionThresholds
+from inference.hybrid.config import PRESETS, HybridConfig
+from inference.slices import TISSUE_WINDOW_HU, Plane, Resize
+from inference.unet import UNetConfig
+from inference.weights import FORMAT, MANIFEST, Gate
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What the manifest says beside the files' checksums."""
+
+    name: str
+    hybrid: HybridConfig
+    plane: Plane = "axial"
+    resize: Resize = "square"
+    unet: UNetConfig = field(default_factory=UNetConfig)
+    gate: Gate = field(default_factory=lambda: Gate(0.5))
+    fusion: FusionThresholds = field(default_factory=FusionThresholds)
+    training: dict[str, Any] = field(default_factory=dict)
+
+
+def release(hybrid: dict[str, torch.Tensor], unet: bytes, recipe: Recipe, out: Path) -> None:
+    """Write `out`/{hybrid.safetensors, unet.onnx, manifest.json}; the hybrid in float16."""
+    out.mkdir(parents=True, exist_ok=True)
+    half = {name: value.half().contiguous() for name, value in hybrid.items()}
+    parts = {"hybrid.safetensors": save(half), "unet.onnx": unet}
+    for name, content in parts.items():
+        (out / name).write_bytes(content)
+    sums = {name: {"file": name, "sha256": hashlib.sha256(content).hexdigest()} for name, content in parts.items()}
+    look = {"plane": recipe.plane, "resize": recipe.resize, "window_hu": TISSUE_WINDOW_HU}
+    manifest = {
+        "format": FORMAT,
+        "name": recipe.name,
+        "hybrid": {**sums["hybrid.safetensors"], "config": recipe.hybrid.to_dict(), **look},
+        "unet": {**sums["unet.onnx"], "config": recipe.unet.to_dict()},
+        "gate": asdict(recipe.gate),
+        "fusion": recipe.fusion.to_dict(),
+        "training": recipe.training,
+    }
+    write_manifest(out, manifest)
+
+
+def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Of one release; thresholds are the defaults until `training.calibration` sets them."""
+
+    hybrid: Path  # hybrid.safetensors of a hybrid run
+    unet: Path  # unet.onnx of a UNet run
+    out: Path  # folder to write; its name is the weights' name
+    preset: str = "small"
+    plane: Plane = "axial"
+    resize: Resize = "square"
+    features: int = 16
+    how: str = ""  # how they were trained, in words
+
+
+def main(settings: Settings) -> None:
+    recipe = Recipe(
+        settings.out.name,
+        PRESETS[settings.preset],
+        settings.plane,
+        settings.resize,
+        UNetConfig(features=settings.features),
+        training={"how": settings.how},
+    )
+    release(load_file(settings.hybrid), settings.unet.read_bytes(), recipe, settings.out)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Settings, description=__doc__))

@@ -1,0 +1,97 @@
+"""Patches for the UNet's training: each case resampled once to 3×2×2 mm, sampled around its lesions."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import cc3d
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from tqdm import tqdm
+
+from inference.unet import AIR_HU, UNetConfig, channels, resample
+from training.data import case_names, load_case
+
+FOREGROUND_SHARE = 0.67  # of the patches are centred near a lesion; nnU-Net's rule is 1/3, over whole batches
+
+
+@dataclass(frozen=True)
+class GridCase:
+    """hu: int16, label: uint8 {0, 1} on the network's grid, (z, y, x); lesions: voxels of each component, (n, 3)."""
+
+    name: str
+    hu: NDArray[np.int16]
+    label: NDArray[np.uint8]
+    lesions: list[NDArray[np.intp]]
+
+
+def prepare(folder: Path, cache: Path, config: UNetConfig) -> list[GridCase]:
+    """Resample every case of a FLARE folder, once; what the cache holds already is reused."""
+    cache.mkdir(parents=True, exist_ok=True)
+    cases = []
+    for name in tqdm(case_names(folder), desc="grids", unit="case"):
+        path = cache / f"{name}.npz"
+        if not path.exists():
+            case = load_case(folder, name)
+            hu = np.rint(resample(case.hu, case.spacing_mm, config)).astype(np.int16)
+            label = (resample(case.label, case.spacing_mm, config) >= 0.5).astype(np.uint8)
+            temporary = path.with_name(f".{path.name}")
+            np.savez_compressed(temporary, hu=hu, label=label)
+            temporary.rename(path)
+        with np.load(path) as arrays:
+            hu, label = arrays["hu"], arrays["label"]
+        components, count = cc3d.connected_components(label, connectivity=26, return_N=True)
+        cases.append(GridCase(name, hu, label, [np.argwhere(components == i + 1) for i in range(count)]))
+    return cases
+
+
+class PatchSampler:
+    """Draws augmented patches; in two of three a random lesion, large or small alike, is near the centre."""
+
+    def __init__(self, cases: list[GridCase], config: UNetConfig, patch: tuple[int, int, int], seed: int) -> None:
+        self.cases = cases
+        self.with_lesion = [case for case in cases if case.lesions]
+        if not self.with_lesion:
+            raise ValueError("no case has a lesion: nothing can be learnt")
+        self.config, self.patch = config, patch
+        self.rng = np.random.default_rng(seed)
+
+    def batch(self, size: int) -> tuple[Tensor, Tensor]:
+        """Images (size, channels, *patch) in [0, 1] and labels (size, 1, *patch)."""
+        pairs = [self._patch() for _ in range(size)]
+        return torch.stack([image for image, _ in pairs]), torch.stack([label for _, label in pairs])
+
+    def _patch(self) -> tuple[Tensor, Tensor]:
+        if self.rng.random() < FOREGROUND_SHARE:
+            case = self.with_lesion[self.rng.integers(len(self.with_lesion))]
+            lesion = case.lesions[self.rng.integers(len(case.lesions))]
+            centre = lesion[self.rng.integers(len(lesion))] + self.rng.integers(-12, 13, 3)
+        else:
+            case = self.cases[self.rng.integers(len(self.cases))]
+            centre = self.rng.integers(0, case.hu.shape)
+        hu, label = cut(case.hu, centre, self.patch, AIR_HU), cut(case.label, centre, self.patch, 0)
+        for axis in range(3):
+            if self.rng.random() < 0.5:
+                hu, label = np.flip(hu, axis), np.flip(label, axis)
+        image = channels(self._intensity(hu.astype(np.float32)), self.config)
+        return torch.from_numpy(image), torch.from_numpy(label[None].astype(np.float32))
+
+    def _intensity(self, hu: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Another contrast about 50 HU, an offset, noise."""
+        changed = (hu - 50) * np.exp(self.rng.uniform(-0.2, 0.2)) + 50 + self.rng.uniform(-20, 20)
+        if self.rng.random() < 0.3:
+            changed += self.rng.normal(0, self.rng.uniform(0, 15), hu.shape)
+        return changed.astype(np.float32)
+
+
+def cut(array: NDArray, centre: NDArray, patch: tuple[int, int, int], outside: int) -> NDArray:
+    """The patch around `centre`, moved inside the array where it fits, else padded with `outside` at the far end."""
+    starts = [
+        int(np.clip(c - p // 2, 0, max(n - p, 0))) for c, p, n in zip(centre, patch, array.shape, strict=True)
+    ]
+    inside = array[tuple(slice(s, s + p) for s, p in zip(starts, patch, strict=True))]
+    margins = [(0, p - n) for p, n in zip(patch, inside.shape, strict=True)]
+    return np.pad(inside, margins, constant_values=outside)
