@@ -71,7 +71,7 @@ def check_outputs(outputs: Path) -> None:
 
 
 def choose_device(wanted: str) -> str:
-    """"cpu" or "cuda:N"."""
+    """ "cpu" or "cuda:N"."""
     import torch
 
     if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):

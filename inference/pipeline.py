@@ -137,9 +137,7 @@ class Pipeline:
                 volume.body, volume.spacing_mm, lambda done, total: progress("unet", done, total)
             ).slice
 
-    def _probability(
-        self, volume: Volume, hybrid: SliceSource | None, unet: SliceSource | None
-    ) -> NDArray[np.uint8]:
+    def _probability(self, volume: Volume, hybrid: SliceSource | None, unet: SliceSource | None) -> NDArray[np.uint8]:
         """The fused probability on the scan's grid, 0 … 255 for 0 … 1."""
         whole = np.zeros(volume.hu.shape, np.uint8)
         if hybrid is None and unet is None:

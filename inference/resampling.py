@@ -21,19 +21,16 @@ def axis_matrix(
     outside: "edge" repeats the border voxel's value, "zero" counts what lies beyond the input's field as 0.
     """
     ratio = spacing_out / spacing_in
-    position = (np.arange(size_out) + 0.5 - size_out / 2) * ratio + size_in / 2 - 0.5
+    position = (np.arange(size_out, dtype=float) + 0.5 - size_out / 2) * ratio + size_in / 2 - 0.5
     if outside == "edge":
         position = np.clip(position, 0, size_in - 1)
     reach = max(ratio, 1.0)
     weights = np.maximum(0.0, 1 - np.abs(position[:, None] - np.arange(size_in)) / reach)
-    if outside == "edge":
-        total = weights.sum(axis=1, keepdims=True)
-    else:
-        total = _full_weight(position, reach)
+    total = weights.sum(axis=1, keepdims=True) if outside == "edge" else _full_weight(position, reach)
     return (weights / total).astype(np.float32)
 
 
-def _full_weight(position: NDArray[np.float64], reach: float) -> NDArray[np.float64]:
+def _full_weight(position: NDArray[np.floating], reach: float) -> NDArray[np.floating]:
     """Sum of each row's filter over all integers, those beyond the input included; shape (rows, 1)."""
     span = np.arange(-int(np.ceil(reach)) - 1, int(np.ceil(reach)) + 2)
     offset = position[:, None] - np.round(position)[:, None]

@@ -85,15 +85,15 @@ class SliceGrid:
     def resample(self, image: NDArray[np.float32]) -> NDArray[np.float32]:
         """One slice on the scan's grid → (256, 256); air (0) outside the field where the resizing is `square`."""
         (rows, _), (columns, _) = self._matrices
-        return rows @ image @ columns.T
+        return np.asarray(rows @ image @ columns.T)
 
     def restore(self, image: NDArray[np.float32]) -> NDArray[np.float32]:
         """(256, 256) → one slice on the scan's own grid."""
         (_, rows), (_, columns) = self._matrices
-        return rows @ image @ columns.T
+        return np.asarray(rows @ image @ columns.T)
 
     def restore_axial(self, images: NDArray[np.float16], z: int) -> NDArray[np.float32]:
-        """Axial slice z (y, x) of (slices, 256, 256) cut along the coronal or sagittal plane, where z runs down rows."""
+        """Axial slice z (y, x) of images (slices, 256, 256) cut along another plane, in which z runs down the rows."""
         (_, rows), (_, columns) = self._matrices
         used = np.flatnonzero(rows[z])  # two rows of each image at most
         lines = np.einsum("r,src->sc", rows[z, used], images[:, used].astype(np.float32)) @ columns.T

@@ -59,9 +59,7 @@ def grid_shape(shape: tuple[int, ...], spacing_mm: tuple[float, ...], config: UN
     return tuple(max(1, round(n * s / t)) for n, s, t in zip(shape, spacing_mm, config.spacing_mm, strict=True))
 
 
-def resample(
-    volume: NDArray[Any], spacing_mm: tuple[float, ...], config: UNetConfig
-) -> NDArray[np.float32]:
+def resample(volume: NDArray[Any], spacing_mm: tuple[float, ...], config: UNetConfig) -> NDArray[np.float32]:
     """A scan (HU) or a mask on the network's grid, antialiased; first in-plane, slice by slice, then along z."""
     depth, height, width = grid_shape(volume.shape, spacing_mm, config)
     slabs = axis_matrix(volume.shape[0], spacing_mm[0], depth, config.spacing_mm[0])

@@ -1,4 +1,4 @@
-"""A folder of weights: a manifest, and the files it names with their checksums. safetensors and ONNX only, never pickle.
+"""A folder of weights: a manifest, and the files it names with their checksums; safetensors and ONNX, never pickle.
 
 `manifest.json` holds everything that belongs to the weights and not to the program: network settings, plane,
 resizing, window, thresholds of gate and fusion, and how they were made.

@@ -2,7 +2,7 @@
 
     python -m training.calibration --data FLARE_FOLDER --weights weights/NAME
 
-The mean Dice over the cases decides (both empty counts 1, exactly one empty 0, as FLARE grades); among equals the first.
+The mean Dice over the cases decides (both empty counts 1, exactly one empty 0, as FLARE grades).
 """
 
 from __future__ import annotations

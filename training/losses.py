@@ -1,4 +1,4 @@
-"""Losses of the hybrid network. Source: SAMCancer Table 2 (Dice + cross-entropy), 0.1 × the classifier's cross-entropy."""
+"""Losses of the hybrid network. Source: SAMCancer Table 2 (Dice + cross-entropy; the classifier's × 0.1)."""
 
 from __future__ import annotations
 

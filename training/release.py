@@ -1,6 +1,6 @@
 """Put trained networks together as a folder of weights that `inference/` loads.
 
-    python -m training.release --hybrid RUN/hybrid.safetensors --unet RUN/unet.onnx --out weights/NAME
+python -m training.release --hybrid RUN/hybrid.safetensors --unet RUN/unet.onnx --out weights/NAME
 """
 
 from __future__ import annotations

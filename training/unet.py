@@ -39,7 +39,7 @@ def build_unet(config: UNetConfig) -> DynUNet:
 class Probability(nn.Module):
     """The network as it ships: input (N, channels, z, y, x) in [0, 1] → lesion probability (N, 1, z, y, x)."""
 
-    def __init__(self, network: DynUNet) -> None:
+    def __init__(self, network: nn.Module) -> None:
         super().__init__()
         self.network = network
 
@@ -47,7 +47,7 @@ class Probability(nn.Module):
         return self.network(image).sigmoid()
 
 
-def export_onnx(network: DynUNet, config: UNetConfig, path: Path) -> float:
+def export_onnx(network: nn.Module, config: UNetConfig, path: Path) -> float:
     """Write one ONNX file for any patch size that the strides divide; the largest difference from torch is returned.
 
     RuntimeError where it exceeds 1e-4.

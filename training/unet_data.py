@@ -89,9 +89,7 @@ class PatchSampler:
 
 def cut(array: NDArray, centre: NDArray, patch: tuple[int, int, int], outside: int) -> NDArray:
     """The patch around `centre`, moved inside the array where it fits, else padded with `outside` at the far end."""
-    starts = [
-        int(np.clip(c - p // 2, 0, max(n - p, 0))) for c, p, n in zip(centre, patch, array.shape, strict=True)
-    ]
+    starts = [int(np.clip(c - p // 2, 0, max(n - p, 0))) for c, p, n in zip(centre, patch, array.shape, strict=True)]
     inside = array[tuple(slice(s, s + p) for s, p in zip(starts, patch, strict=True))]
     margins = [(0, p - n) for p, n in zip(patch, inside.shape, strict=True)]
     return np.pad(inside, margins, constant_values=outside)

@@ -27,9 +27,7 @@ class BatchMaskDecoder(MaskDecoder):
         del self.iou_prediction_head
         self.detail = nn.Linear(detail_channels, dim // 8)
 
-    def forward(  # type: ignore[override]
-        self, image: Tensor, position: Tensor, prompts: Tensor, no_mask: Tensor, detail: Tensor
-    ) -> Tensor:
+    def forward(self, image: Tensor, position: Tensor, prompts: Tensor, no_mask: Tensor, detail: Tensor) -> Tensor:
         """Logits (N, 256, 256) of N slices.
 
         image: (N, dim, 16, 16); position: (1, dim, 16, 16); prompts: (N, 4, dim); no_mask: (1, dim, 1, 1);

@@ -27,7 +27,7 @@ def test_edge_matrix_is_torchs_antialiased_bilinear(size_in: int, size_out: int,
 
 
 def test_zero_matrix_lets_the_signal_fade_at_the_border_of_its_field() -> None:
-    # Two voxels of 1 mm in a field of 6 output voxels of 1 mm: they land on outputs 2 and 3, everything else is outside.
+    # Two voxels in a field of six, all of 1 mm: they land on outputs 2 and 3, everything else is outside.
     np.testing.assert_array_equal(axis_matrix(2, 1.0, 6, 1.0, "zero"), np.eye(6, 2, -2, dtype=np.float32))
     # Output voxels of 2 mm see 1/4, 1/2, 1/4 of three input voxels; the one beyond the field counts as zero.
     np.testing.assert_allclose(axis_matrix(3, 1.0, 1, 2.0, "zero"), [[0.25, 0.5, 0.25]])

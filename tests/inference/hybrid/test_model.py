@@ -134,7 +134,8 @@ def test_exchanges_can_be_switched_off() -> None:
 
 
 def prompts(model: Hybrid, present: bool) -> Tensor:
-    maps = [torch.rand(1, width, side, side) for width, side in zip(model.cnn.widths[::-1], (16, 32, 64, 128, 256))]
+    sides = (16, 32, 64, 128, 256)
+    maps = [torch.rand(1, width, side, side) for width, side in zip(model.cnn.widths[::-1], sides, strict=True)]
     torch.manual_seed(1)
     return model.prompt_encoder([*maps, torch.rand(1, TINY.prompt_dim, 16, 16)], torch.tensor([present])).sparse[0]
 
