@@ -87,10 +87,10 @@ def patch_starts(size: int, patch: int, overlap: float) -> list[int]:
 
 
 def gaussian(patch: tuple[int, ...]) -> NDArray[np.float32]:
-    """Blending weights of a patch, 1 at the centre; kept above zero so that every voxel has a weight."""
+    """Blending weights of a patch, 1 at the centre; at least 1e-3, as MONAI, so that every voxel has a weight."""
     axes = [np.exp(-0.5 * ((np.arange(n) - (n - 1) / 2) / (n * BLEND_SIGMA)) ** 2) for n in patch]
     weights = axes[0][:, None, None] * axes[1][:, None] * axes[2]
-    return np.maximum(weights, 1e-4).astype(np.float32)
+    return np.maximum(weights, 1e-3).astype(np.float32)
 
 
 @dataclass(frozen=True)

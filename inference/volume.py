@@ -30,6 +30,8 @@ from numpy.typing import NDArray
 AIR_HU = -1024  # padding below this is clipped
 BODY_HU = -500  # between air and fat
 MAX_VOXELS = 2**31
+HEADER_BYTES = 348  # of NIfTI-1
+MAGIC = slice(344, 348)
 NIFTI_SUFFIXES = (".nii.gz", ".nii")
 SCAN_SUFFIXES = (*NIFTI_SUFFIXES, ".mha", ".nrrd")
 CHANNEL_SUFFIX = "_0000"
@@ -126,11 +128,12 @@ def _read(path: Path) -> tuple[Any, Geometry]:
 
 def _read_nifti(path: Path) -> tuple[Any, Geometry]:
     content = _content(path)
+    if content[MAGIC] != b"n+1\0":
+        raise ValueError(f"{path}: not a NIfTI-1 image: convert it to .nii.gz")
     try:
-        # unchecked: nibabel would silently mend zero and negative spacings
-        header = nib.Nifti1Header.from_fileobj(io.BytesIO(content), check=False)
-        if bytes(header["magic"]).rstrip(b"\0") not in (b"n+1", b"ni1") or int(header["sizeof_hdr"]) != 348:
-            raise ValueError(f"{path}: not a NIfTI-1 image: convert it to .nii.gz")
+        # the bare header, without extensions: they may hold private text and sizes that lie;
+        # unchecked, since nibabel would silently mend zero and negative spacings
+        header = nib.Nifti1Header(content[:HEADER_BYTES], check=False)
         shape = _checked_shape(path, header)
         geometry = _geometry(path, header, shape)
         slope, offset = header.get_slope_inter()
@@ -272,18 +275,20 @@ def _to_hu(path: Path, array: Any) -> NDArray[np.int16]:
 
 
 def body_box(hu: NDArray[np.int16]) -> tuple[slice, slice, slice]:
-    """Where the patient is in (z, y, x): the largest connected thing denser than air, with a margin; never empty.
+    """Where the patient is in (z, y, x): what is denser than air, with a margin; never empty.
 
-    Looked at in steps, which is enough for a box; z is left whole, since every slice of a scan shows the patient.
+    Connected things of less than a hundredth of the largest (wires, noise) do not count. Looked at in steps, which is
+    enough for a box; z is left whole, since every slice of a scan shows the patient.
     """
     step = [max(1, n // 128) for n in hu.shape]
-    coarse = np.ascontiguousarray(hu[:: step[0], :: step[1], :: step[2]] > BODY_HU)
+    coarse = hu[:: step[0], :: step[1], :: step[2]] > BODY_HU
     if not coarse.any():
         return slice(0, hu.shape[0]), slice(0, hu.shape[1]), slice(0, hu.shape[2])
-    labels = cc3d.connected_components(coarse, connectivity=26)
+    # uint8: given bools, cc3d 4.1.1 reserves too few labels for volumes of odd size and fails
+    labels = cc3d.connected_components(coarse.astype(np.uint8), connectivity=26)
     sizes = np.bincount(labels.ravel())
     sizes[0] = 0
-    body = np.isin(labels, np.flatnonzero(sizes >= sizes.max() / 10))  # both legs, arms beside the trunk
+    body = np.isin(labels, np.flatnonzero(sizes >= sizes.max() / 100))  # an arm beside the trunk, no wires
     box = [slice(0, hu.shape[0])]
     for axis in (1, 2):
         used = np.flatnonzero(body.any(axis=tuple(other for other in range(3) if other != axis))).tolist()
@@ -318,7 +323,7 @@ def _write(array: NDArray[np.uint8], geometry: Geometry, path: Path, slope: floa
     header["vox_offset"] = header.single_vox_offset
     header["magic"] = header.single_magic
     voxels = geometry.to_file(array).tobytes(order="F")
-    no_extensions = b"\0" * (header.single_vox_offset - header.sizeof_hdr)
+    no_extensions = b"\0" * (header.single_vox_offset - HEADER_BYTES)
     # the same mask gives the same bytes: no time stamp, no name; level 1 is five times as fast as 9
     content = gzip.compress(header.binaryblock + no_extensions + voxels, compresslevel=1, mtime=0)
     with _replacing(path) as file:

@@ -78,13 +78,14 @@ class Run:
         return next(self.model.parameters()).device
 
     def update(self, loss: Tensor) -> float:
-        """One optimizer step at the budget's learning rate."""
+        """One optimizer step at the budget's learning rate; left out where the gradient is not finite."""
         for group in self.optimizer.param_groups:
             group["lr"] = self.settings.learning_rate * self.budget.learning_rate_factor
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.clip)
-        self.optimizer.step()
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.clip)
+        if norm.isfinite():
+            self.optimizer.step()
         self.average.update_parameters(self.model)
         self.step += 1
         return float(loss.detach())

@@ -45,7 +45,7 @@ def test_square_keeps_the_aspect_and_pads_with_air() -> None:
     # 40 × 100 voxels of 2 mm: 80 × 200 mm in a field of 300 mm, so the body spans 80/300 and 200/300 of 256 pixels.
     hu = np.full((1, 40, 100), 300, np.int16)
     image = SliceGrid(hu.shape, (3.0, 2.0, 2.0), "axial", "square").cut(hu, 0, 1)[0]
-    assert image.sum() == pytest.approx(256 * 256 * 80 * 200 / 300**2, rel=1e-3)
+    assert image.sum() == pytest.approx(256 * 256 * 80 * 200 / 300**2, rel=5e-3)
     rows, columns = np.flatnonzero(image.max(1) > 0.5), np.flatnonzero(image.max(0) > 0.5)
     assert rows[0] + rows[-1] == columns[0] + columns[-1] == 255  # centred
     assert len(rows) == pytest.approx(80 / 300 * 256, abs=1)

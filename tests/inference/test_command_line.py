@@ -1,0 +1,171 @@
+"""`sh predict.sh` as users call it, in a process of its own, and the pipeline behind it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+import SimpleITK
+
+from inference.pipeline import Pipeline, scan_score
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+def write_scan(path: Path, shape: tuple[int, int, int] = (48, 40, 12), seed: int = 0) -> None:
+    """An ellipsoid of soft tissue in air, 3×3×5 mm, oblique."""
+    axes = np.meshgrid(*(np.linspace(-1, 1, n) for n in shape), indexing="ij")
+    hu = np.where(sum(a**2 for a in axes) < 0.8, 40, -1000) + np.random.default_rng(seed).normal(0, 10, shape)
+    affine = np.array([[-2.9, 0.5, 0, 70], [-0.5, -2.9, 0, 60], [0, 0, 5, -300], [0, 0, 0, 1.0]])
+    nib.save(nib.Nifti1Image(hu.astype(np.int16), affine), path)
+
+
+def predict(*arguments: object, folder: Path | None = None) -> subprocess.CompletedProcess[str]:
+    path = f"{REPOSITORY / '.venv' / 'bin'}{os.pathsep}{os.environ['PATH']}"
+    return subprocess.run(
+        ["sh", str(REPOSITORY / "predict.sh"), *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        cwd=folder or REPOSITORY,
+        env={**os.environ, "PATH": path},
+        timeout=300,
+    )
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+@pytest.fixture
+def inputs(tmp_path: Path) -> Path:
+    (tmp_path / "in").mkdir()
+    write_scan(tmp_path / "in" / "a_0000.nii.gz")
+    return tmp_path / "in"
+
+
+def test_folder_with_good_and_bad_scans(inputs: Path, random_weights: Path, tmp_path: Path) -> None:
+    image = SimpleITK.ReadImage(str(inputs / "a_0000.nii.gz"))
+    SimpleITK.WriteImage(image, str(inputs / "b_0000.nrrd"))
+    (inputs / "bad_0000.nii.gz").write_text("not a scan")
+    (inputs / "notes.txt").write_text("ignored")
+    done = predict(inputs, tmp_path / "out", "--weights", random_weights, "--report", tmp_path / "report.json")
+    assert done.returncode == 1, done.stderr
+    assert names(tmp_path / "out") == ["a.nii.gz", "b.nii.gz"]
+    assert [line for line in done.stderr.splitlines() if "bad_0000.nii.gz" in line] == done.stderr.splitlines()
+    assert len(done.stderr.splitlines()) == 1
+    assert [line.split(":")[0] for line in done.stdout.splitlines()] == ["a", "b"]
+    for case in "ab":
+        mask = SimpleITK.ReadImage(str(tmp_path / "out" / f"{case}.nii.gz"))
+        assert mask.GetSize() == image.GetSize()
+        np.testing.assert_allclose(mask.GetDirection(), image.GetDirection(), atol=1e-6)
+        assert set(np.unique(SimpleITK.GetArrayFromImage(mask))) <= {0, 1}
+    report = {case["case"]: case for case in json.loads((tmp_path / "report.json").read_text())["cases"]}
+    assert report["a"]["size"] == [12, 40, 48]
+    assert set(report["a"]["seconds"]) == {"read", "hybrid", "unet", "fuse", "write"}
+    written = nib.load(tmp_path / "out" / "a.nii.gz")
+    voxel_ml = abs(np.linalg.det(written.affine[:3, :3])) / 1000
+    assert report["a"]["volume_ml"] == pytest.approx(written.get_fdata().sum() * voxel_ml, rel=1e-4)
+    assert report["bad"]["error"].endswith("convert it to .nii.gz")
+
+
+def test_one_file_relative_paths_and_probabilities(inputs: Path, random_weights: Path, tmp_path: Path) -> None:
+    done = predict("in/a_0000.nii.gz", "out", "--weights", random_weights, "--save-probabilities", folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert names(tmp_path / "out") == ["a.nii.gz", "a_probability.nii.gz"]
+    probability = nib.load(tmp_path / "out" / "a_probability.nii.gz").get_fdata()
+    assert 0 <= probability.min() < probability.max() <= 1
+
+
+def test_skip_existing_leaves_masks_alone(inputs: Path, random_weights: Path, tmp_path: Path) -> None:
+    write_scan(inputs / "b_0000.nii.gz", seed=1)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "a.nii.gz").write_bytes(b"mine")
+    done = predict(inputs, tmp_path / "out", "--weights", random_weights, "--skip-existing")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "out" / "a.nii.gz").read_bytes() == b"mine"
+    assert names(tmp_path / "out") == ["a.nii.gz", "b.nii.gz"]
+
+
+def test_no_inputs_is_wrong_usage(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    for folder, words in (("empty", "holds no scan"), ("gone", "no such folder")):
+        done = predict(tmp_path / folder, tmp_path / "out")
+        assert (done.returncode, done.stdout) == (2, "")
+        assert words in done.stderr
+        assert folder in done.stderr
+        assert len(done.stderr.splitlines()) == 1
+
+
+def test_outputs_that_cannot_be_written_are_told_before_any_work(inputs: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    done = predict(inputs, tmp_path / "file")
+    assert done.returncode == 2
+    assert "file: cannot be written" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_two_scans_of_one_name_are_told(inputs: Path, tmp_path: Path) -> None:
+    write_scan(inputs / "a.nii.gz")
+    done = predict(inputs, tmp_path / "out")
+    assert done.returncode == 2
+    assert "would write the same mask as a.nii.gz" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "words"),
+    [("--weights", "gone", "no weights there"), ("--device", "tpu", "unknown"), ("--device", "cuda:99", "GPUs are")],
+)
+def test_wrong_options(inputs: Path, tmp_path: Path, option: str, value: str, words: str) -> None:
+    done = predict(inputs, tmp_path / "out", option, value)
+    assert done.returncode == 2
+    assert words in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_scan_score_by_hand() -> None:
+    assert scan_score(np.float32([0, 0, 1, 0, 0])) == pytest.approx(1 / 3)
+    assert scan_score(np.float32([0, 0.9, 0.6, 0.9, 0])) == pytest.approx(0.8)
+    assert scan_score(np.float32([0.2, 0.4])) == pytest.approx(0.3)
+    assert scan_score(np.float32([0.7])) == pytest.approx(0.7)
+
+
+def test_a_healthy_verdict_silences_the_hybrid(inputs: Path, random_weights: Path, tmp_path: Path) -> None:
+    """The random networks call everything a lesion; the verdict leaves only what the UNet is sure of: nothing."""
+    from dataclasses import replace
+
+    from inference.fusion import FusionThresholds
+    from inference.weights import Gate
+
+    pipeline = Pipeline(random_weights)
+    permissive = FusionThresholds(1.0, 0.0, 0.0, 0.0, 0.0, 0.0, sure_unet=2.0)
+    for threshold, skip, lesions in ((0.0, False, True), (1.1, False, False), (1.1, True, False)):
+        pipeline.manifest = replace(pipeline.manifest, gate=Gate(threshold, skip), fusion=permissive)
+        report = pipeline.run(inputs / "a_0000.nii.gz", tmp_path)
+        assert report.healthy is not lesions
+        assert (report.lesions > 0) is lesions
+        assert ("unet" in report.seconds) is not skip
+        assert nib.load(tmp_path / "a.nii.gz").get_fdata().any() == lesions
+
+
+@pytest.mark.parametrize("shape", [(40, 40, 1), (3, 40, 20), (2, 2, 2)])
+def test_tiny_scans(random_weights: Path, tmp_path: Path, shape: tuple[int, int, int]) -> None:
+    write_scan(tmp_path / "tiny_0000.nii.gz", shape)
+    if shape == (2, 2, 2):
+        nib.save(nib.Nifti1Image(np.arange(8, dtype=np.int16).reshape(shape), np.eye(4)), tmp_path / "tiny_0000.nii.gz")
+    Pipeline(random_weights).run(tmp_path / "tiny_0000.nii.gz", tmp_path)
+    assert nib.load(tmp_path / "tiny.nii.gz").shape == shape
+
+
+def test_real_scans_give_masks_on_their_grid(data_dir: Path, random_weights: Path, tmp_path: Path) -> None:
+    pipeline = Pipeline(random_weights)
+    for path in sorted((data_dir / "abdomen" / "images").glob("*.nii.gz")):
+        report = pipeline.run(path, tmp_path)
+        mask, scan = SimpleITK.ReadImage(str(tmp_path / f"{report.case}.nii.gz")), SimpleITK.ReadImage(str(path))
+        for name in ("GetSize", "GetOrigin", "GetSpacing", "GetDirection"):
+            assert getattr(mask, name)() == getattr(scan, name)()
+        assert set(np.unique(SimpleITK.GetArrayFromImage(mask))) <= {0, 1}

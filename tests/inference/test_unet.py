@@ -1,0 +1,153 @@
+"""The sliding window against MONAI's, resampling against torch's, the session's choice of device."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from monai.inferers import sliding_window_inference
+from scipy.ndimage import gaussian_filter
+
+from inference.slices import window
+from inference.unet import UNet, UNetConfig, channels, gaussian, patch_starts, resample
+from training.unet import Probability, build_unet, check_parity, export_onnx
+
+CONFIG = UNetConfig(4, patch=(16, 32, 32))
+
+
+@pytest.fixture(scope="module")
+def network():
+    torch.manual_seed(0)
+    return build_unet(CONFIG).eval()
+
+
+@pytest.fixture(scope="module")
+def onnx(network, tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("onnx") / "unet.onnx"
+    assert export_onnx(network, CONFIG, path) < 1e-4
+    return path
+
+
+def scan(shape=(40, 50, 60), seed=0) -> np.ndarray:
+    """Smooth random HU."""
+    return gaussian_filter(np.random.default_rng(seed).normal(0, 1500, shape), 1).astype(np.int16)
+
+
+@pytest.mark.parametrize(
+    ("size", "patch", "starts"),
+    [
+        (10, 16, [0]),
+        (16, 16, [0]),
+        (17, 16, [0, 1]),
+        (24, 16, [0, 8]),
+        (40, 16, [0, 8, 16, 24]),
+        (41, 16, [0, 6, 12, 19, 25]),
+    ],
+)
+def test_patch_positions_by_hand(size, patch, starts) -> None:
+    assert patch_starts(size, patch, 0.5) == starts
+
+
+def test_gaussian_is_monais() -> None:
+    from monai.data.utils import compute_importance_map
+
+    expected = compute_importance_map((16, 32, 24), mode="gaussian", sigma_scale=0.125)
+    np.testing.assert_allclose(gaussian((16, 32, 24)), expected.numpy(), atol=1e-6)
+
+
+def test_blend_is_monais_sliding_window(network, onnx) -> None:
+    hu = scan((24, 48, 64))  # patches of both at the same places: every step divides
+    unet = UNet(onnx.read_bytes(), CONFIG)
+    ours = unet.probabilities(hu, CONFIG.spacing_mm).grid
+    with torch.inference_mode():
+        expected = sliding_window_inference(
+            torch.from_numpy(channels(hu.astype(np.float32), CONFIG))[None],
+            CONFIG.patch,
+            1,
+            Probability(network),
+            overlap=0.5,
+            mode="gaussian",
+        )
+    np.testing.assert_allclose(ours, expected[0, 0].numpy(), atol=1e-4)
+
+
+@pytest.mark.parametrize("shape", [(1, 5, 5), (3, 200, 3), (40, 33, 100)])
+def test_small_and_odd_volumes(onnx, shape) -> None:
+    probability = UNet(onnx.read_bytes(), CONFIG).probabilities(scan(shape), (5.0, 0.9, 0.7))
+    plane = probability.slice(shape[0] - 1)
+    assert plane.shape == shape[1:]
+    assert plane.min() >= 0
+    assert plane.max() <= 1
+
+
+def test_air_is_skipped_and_healthy(onnx) -> None:
+    unet = UNet(onnx.read_bytes(), CONFIG)
+    unet.session = None  # would fail if it were run
+    assert not unet.probabilities(np.full((8, 8, 8), -1000, np.int16), CONFIG.spacing_mm).grid.any()
+
+
+@pytest.mark.parametrize(
+    ("shape", "spacing", "size"),
+    [((30, 60, 50), (2.0, 1.0, 0.8), (20, 30, 20)), ((6, 20, 32), (9.0, 4.0, 2.5), (18, 40, 40))],
+)
+def test_resampling_is_torchs_axis_by_axis(shape, spacing, size) -> None:
+    hu = scan(shape)
+    expected = torch.from_numpy(hu.astype(np.float32))
+    for axis in range(3):
+        lines = expected.movedim(axis, -1)[None]
+        resized = F.interpolate(lines, (lines.shape[2], size[axis]), mode="bilinear", antialias=True)
+        expected = resized[0].movedim(-1, axis)
+    np.testing.assert_allclose(resample(hu, spacing, UNetConfig()), expected.numpy(), atol=0.05)
+
+
+def test_a_lump_comes_back_where_it_was(onnx) -> None:
+    """Resample a smooth lump to the network's grid and back to the scan's: it hardly changes."""
+    from inference.unet import GridProbability
+
+    shape, spacing = (40, 90, 70), (2.5, 0.9, 1.1)
+    z, y, x = np.meshgrid(*(np.arange(n) * s for n, s in zip(shape, spacing, strict=True)), indexing="ij")
+    lump = np.exp(-((z - 40) ** 2 + (y - 30) ** 2 + (x - 50) ** 2) / (2 * 12**2)).astype(np.float32)
+    back = GridProbability(resample(lump, spacing, CONFIG), shape, spacing, CONFIG.spacing_mm)
+    for index in (0, 16, 39):
+        np.testing.assert_allclose(back.slice(index), lump[index], atol=0.03)
+
+
+def test_channels_are_tissue_and_lung() -> None:
+    hu = np.array([[[-1300.0, -200.0, 300.0]]], np.float32)
+    np.testing.assert_allclose(channels(hu, CONFIG), [window(hu), window(hu, (-1300, 300))])
+
+
+def test_cuda_that_is_not_there_is_told(onnx, caplog) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("a GPU is here")
+    with caplog.at_level(logging.WARNING):
+        unet = UNet(onnx.read_bytes(), CONFIG, "cuda:0")
+    assert unet.session.get_providers()[0] == "CPUExecutionProvider"
+    assert "runs on the CPU" in caplog.text
+
+
+def test_a_file_that_is_no_network_is_refused() -> None:
+    with pytest.raises(ValueError, match="ONNX file cannot be used"):
+        UNet(b"nonsense", CONFIG)
+
+
+def test_an_export_that_differs_is_refused(network, onnx) -> None:
+    other = Probability(build_unet(CONFIG)).eval()
+    with pytest.raises(RuntimeError, match="differ"):
+        check_parity(other, onnx, torch.rand(1, 2, 16, 16, 16))
+
+
+@pytest.mark.parametrize(("features", "millions"), [(32, 5.6), (16, 1.4)])
+def test_size_is_the_winners(features, millions) -> None:
+    model = build_unet(UNetConfig(features))
+    heads = sum(p.numel() for n, p in model.named_parameters() if "deep_supervision" in n or "heads" in n)
+    total = sum(p.numel() for p in model.parameters()) - heads
+    assert total / 1e6 == pytest.approx(millions, rel=0.02)
+
+
+def test_config_survives_the_manifest() -> None:
+    assert UNetConfig.from_dict(CONFIG.to_dict()) == CONFIG

@@ -1,0 +1,106 @@
+"""Weights: checksums, foreign files, settings that do not fit; and the way back from a release."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from inference.weights import find_weights, load_hybrid, read_manifest
+
+
+@pytest.fixture
+def weights(random_weights: Path, tmp_path: Path) -> Path:
+    """A copy to spoil."""
+    return Path(shutil.copytree(random_weights, tmp_path / "copy"))
+
+
+def edit(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    manifest = json.loads((folder / "manifest.json").read_text())
+    change(manifest)
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+def test_a_release_loads_as_it_was(weights: Path) -> None:
+    from inference.hybrid.model import Hybrid
+
+    manifest = read_manifest(weights)
+    torch.manual_seed(0)
+    model = load_hybrid(manifest)
+    assert not model.training
+    reference = Hybrid(manifest.hybrid)
+    assert {n: p.shape for n, p in model.state_dict().items()} == {
+        n: p.shape for n, p in reference.state_dict().items()
+    }
+    assert all(p.dtype == torch.float32 and p.device.type == "cpu" for p in model.state_dict().values())
+    stack = torch.rand(1, 5, 256, 256)
+    reference.load_state_dict(model.state_dict())
+    torch.testing.assert_close(model(stack).logits, reference.eval()(stack).logits)
+
+
+@pytest.mark.parametrize("part", ["hybrid.safetensors", "unet.onnx"])
+def test_one_changed_byte_is_found(weights: Path, part: str) -> None:
+    content = bytearray((weights / part).read_bytes())
+    content[len(content) // 2] ^= 1
+    (weights / part).write_bytes(content)
+    with pytest.raises(ValueError, match=f"{part}: the checksum differs"):
+        read_manifest(weights).read(part.split(".")[0])
+
+
+def test_pickle_is_refused_by_name_and_by_content(weights: Path) -> None:
+    torch.save({"x": torch.zeros(1)}, weights / "hybrid.pt")
+    checksum = hashlib.sha256((weights / "hybrid.pt").read_bytes()).hexdigest()
+    edit(weights, lambda m: m["hybrid"].update(file="hybrid.pt", sha256=checksum))
+    with pytest.raises(ValueError, match=r"must be a \.safetensors file"):
+        load_hybrid(read_manifest(weights))
+    (weights / "hybrid.pt").rename(weights / "disguised.safetensors")
+    edit(weights, lambda m: m["hybrid"].update(file="disguised.safetensors"))
+    with pytest.raises(ValueError, match="do not fit"):
+        load_hybrid(read_manifest(weights))
+
+
+def test_a_file_outside_the_folder_is_refused(weights: Path) -> None:
+    edit(weights, lambda m: m["unet"].update(file="../unet.onnx"))
+    with pytest.raises(ValueError, match="beside the manifest"):
+        read_manifest(weights).read("unet")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda m: m.update(format=99), "format 99 is unknown"),
+        (lambda m: m.pop("fusion"), "'fusion' is missing"),
+        (lambda m: m["fusion"].update(typo=1), "typo"),
+        (lambda m: m["hybrid"]["config"].update(slices=4), "slices must be 1 or 5"),
+        (lambda m: m["hybrid"]["config"].update(future=4), "future"),
+    ],
+)
+def test_a_manifest_that_does_not_fit_is_refused(weights: Path, change: Callable, words: str) -> None:
+    edit(weights, change)
+    with pytest.raises(ValueError, match=words) as caught:
+        read_manifest(weights)
+    assert "manifest.json" in str(caught.value)
+
+
+def test_weights_of_another_size_are_refused(weights: Path) -> None:
+    edit(weights, lambda m: m["hybrid"]["config"].update(cnn_width=8))
+    with pytest.raises(ValueError, match="do not fit"):
+        load_hybrid(read_manifest(weights))
+
+
+def test_a_manifest_that_is_no_json(weights: Path) -> None:
+    (weights / "manifest.json").write_text("{")
+    with pytest.raises(ValueError, match="is not JSON"):
+        read_manifest(weights)
+
+
+def test_names_and_folders_are_found(random_weights: Path) -> None:
+    assert find_weights(str(random_weights)) == random_weights
+    with pytest.raises(ValueError, match="no weights there"):
+        find_weights("unheard-of")
