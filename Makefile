@@ -19,6 +19,10 @@ lint: .venv
 	mypy
 	lint-imports
 
+# One phantom CT, segmented: the mask, a picture, and the Dice.
+demo: .venv
+	python -m benchmarks.demo --out demo
+
 # The container tests among these need an engine and minutes: CONTAINER_TESTS=1 make test.
 test: .venv
 	python -m pytest

@@ -63,9 +63,14 @@ class StackSampler:
         self.rng = np.random.default_rng(seed)
         self.intensity, self.in_plane = RandomIntensity(), RandomInPlane()
 
-    def batch(self, stacks: int) -> tuple[Tensor, Tensor]:
-        """Images (stacks, targets + 2·radius, 256, 256) in [0, 1] and labels (stacks, targets, 256, 256)."""
+    def batch(self, stacks: int, crop: int = 0) -> tuple[Tensor, Tensor]:
+        """Images (stacks, targets + 2·radius, 256, 256) in [0, 1] and labels (stacks, targets, 256, 256).
+
+        crop: pixels a side to cut out instead, around a lesion where there is one.
+        """
         pairs = [self._stack() for _ in range(stacks)]
+        if crop:
+            pairs = [self._crop(image, label, crop) for image, label in pairs]
         return torch.stack([image for image, _ in pairs]), torch.stack([label for _, label in pairs])
 
     def _stack(self) -> tuple[Tensor, Tensor]:
@@ -76,6 +81,18 @@ class StackSampler:
         move = self.in_plane.draw(self.rng)
         image = self.intensity.draw(self.rng)(move(image))
         return image, (move(label) >= 0.5).float()
+
+    def _crop(self, image: Tensor, label: Tensor, side: int) -> tuple[Tensor, Tensor]:
+        places = label.any(dim=0).nonzero() if label.any() else (image[self.radius] > 0).nonzero()
+        limit = image.shape[-1] - side
+        if len(places):
+            jitter = self.rng.integers(-side // 3, side // 3 + 1, 2)
+            corner = places[self.rng.integers(len(places))].numpy() - side // 2 + jitter
+        else:
+            corner = self.rng.integers(0, limit + 1, 2)
+        row, column = np.clip(corner, 0, limit)
+        part = (slice(None), slice(row, row + side), slice(column, column + side))
+        return image[part], label[part]
 
     def _place(self) -> tuple[SliceCase, int]:
         """A case and the first target slice in it."""

@@ -9,6 +9,7 @@ encoded once; a cosine over the budget; averaged weights.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 import torch
@@ -21,7 +22,7 @@ from inference.hybrid.model import Hybrid, channels_last
 from inference.slices import Plane, Resize
 from training.hybrid_data import SliceCase, StackSampler, prepare
 from training.loop import Common, Run, train
-from training.losses import hybrid_loss
+from training.losses import hybrid_loss, mask_loss
 
 VALIDATION_STACK = 16  # slices
 
@@ -33,6 +34,9 @@ class Settings(Common):
     resize: Resize = "square"
     stacks: int = 4  # a batch is stacks × targets windows
     targets: int = 4
+    crop_share: float = 0.0  # of the budget, at first: the CNN alone on crops around lesions, many times as fast
+    crop: int = 96  # pixels a side of those
+    crop_stacks: int = 6
 
 
 def start(settings: Settings) -> Run:
@@ -48,6 +52,13 @@ def train_step(run: Run, image: Tensor, label: Tensor) -> float:
     with torch.autocast(run.device.type, torch.bfloat16):
         output = run.model(image, present)
     return run.update(hybrid_loss(output.logits, output.presence, label, present))
+
+
+def crop_step(run: Run, image: Tensor, label: Tensor) -> float:
+    """One step of the CNN alone on crops (N, D, side, side) and labels (N, S, side, side)."""
+    with torch.autocast(run.device.type, torch.bfloat16):
+        logits = cast(Hybrid, run.model).cnn_alone(image.to(run.device))
+    return run.update(mask_loss(logits, label.to(run.device)))
 
 
 def validate(run: Run, case: SliceCase, radius: int) -> tuple[float, float]:
@@ -75,11 +86,16 @@ def main(settings: Settings) -> None:
         pairs = np.array([validate(run, case, radius) for case in cases[-settings.validation :]])
         return dict(zip(("dice", "presence"), pairs.mean(axis=0).tolist(), strict=True))
 
+    def step() -> float:
+        if run.budget.share < settings.crop_share:
+            return crop_step(run, *sampler.batch(settings.crop_stacks, settings.crop))
+        return train_step(run, *sampler.batch(settings.stacks))
+
     def keep() -> None:
         state = {name: value.contiguous() for name, value in run.average.module.state_dict().items()}
         save_file(state, settings.out / "hybrid.safetensors")
 
-    train(run, lambda: train_step(run, *sampler.batch(settings.stacks)), scores, keep)
+    train(run, step, scores, keep)
 
 
 if __name__ == "__main__":

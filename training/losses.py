@@ -16,8 +16,13 @@ def soft_dice_loss(logits: Tensor, target: Tensor) -> Tensor:
     return 1 - (2 * overlap + SMOOTH) / (probability.sum() + target.sum() + SMOOTH)
 
 
+def mask_loss(logits: Tensor, target: Tensor) -> Tensor:
+    """Dice + cross-entropy, in float32; any shape."""
+    logits = logits.float()
+    return soft_dice_loss(logits, target) + F.binary_cross_entropy_with_logits(logits, target)
+
+
 def hybrid_loss(logits: Tensor, presence: Tensor, target: Tensor, present: Tensor) -> Tensor:
     """logits, target: (N, S, H, W); presence: logits (N, S, 2); present: (N, S) bool."""
-    logits, presence = logits.float(), presence.float()
-    mask = soft_dice_loss(logits, target) + F.binary_cross_entropy_with_logits(logits, target)
-    return mask + CLASSIFIER_WEIGHT * F.cross_entropy(presence.flatten(0, 1), present.flatten().long())
+    classifier = F.cross_entropy(presence.float().flatten(0, 1), present.flatten().long())
+    return mask_loss(logits, target) + CLASSIFIER_WEIGHT * classifier

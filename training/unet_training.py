@@ -9,13 +9,12 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 import tyro
 from torch import Tensor
 
 from inference.unet import AIR_HU, UNetConfig, channels
 from training.loop import Common, Run, train
-from training.losses import soft_dice_loss
+from training.losses import mask_loss
 from training.unet import build_unet, export_onnx
 from training.unet_data import GridCase, PatchSampler, cut, prepare
 
@@ -46,11 +45,8 @@ def start(settings: Settings) -> Run:
 
 def supervised_loss(outputs: Tensor, target: Tensor) -> Tensor:
     """Dice + cross-entropy of each supervised level. outputs: (N, levels, 1, z, y, x); target: (N, 1, z, y, x)."""
-    losses = [
-        soft_dice_loss(logits, target) + F.binary_cross_entropy_with_logits(logits, target)
-        for logits in outputs.float().unbind(1)
-    ]
-    return torch.stack([w * loss for w, loss in zip(SUPERVISION, losses, strict=True)]).sum() / sum(SUPERVISION)
+    losses = [w * mask_loss(logits, target) for w, logits in zip(SUPERVISION, outputs.unbind(1), strict=True)]
+    return torch.stack(losses).sum() / sum(SUPERVISION)
 
 
 def train_step(run: Run, image: Tensor, label: Tensor) -> float:

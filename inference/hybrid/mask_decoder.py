@@ -39,14 +39,14 @@ class BatchMaskDecoder(MaskDecoder):
         tokens, image = self.transformer(image + no_mask, position.expand(n, -1, -1, -1), tokens)
         vector = self.output_hypernetworks_mlps[0](tokens[:, 1])  # N, dim/8: the first token is SAM's quality token
         image = self.output_upscaling(image.transpose(1, 2).reshape(n, dim, height, width))
-        return self._coarse(vector, image) + self._fine(vector, detail)
+        return self._coarse(vector, image) + self.fine(vector, detail)
 
     def _coarse(self, vector: Tensor, image: Tensor) -> Tensor:
         """The dot product at 64², then one channel is resized instead of dim/8: the two commute."""
         coarse = torch.einsum("nc,nchw->nhw", vector, image)[:, None]
         return F.interpolate(coarse, size=(IMAGE_SIZE, IMAGE_SIZE), mode="bilinear", align_corners=False)[:, 0]
 
-    def _fine(self, vector: Tensor, detail: Tensor) -> Tensor:
+    def fine(self, vector: Tensor, detail: Tensor) -> Tensor:
         """vector · (W detail + b) = (Wᵀ vector) · detail + b · vector, without projecting a pixel."""
         weights = vector @ self.detail.weight
         bias = vector @ self.detail.bias

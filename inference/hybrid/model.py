@@ -56,6 +56,18 @@ class Hybrid(nn.Module):
         shape = (len(stack), targets)
         return HybridOutput(logits.view(*shape, *logits.shape[1:]), prompts.presence.view(*shape, 2))
 
+    def cnn_alone(self, stack: Tensor) -> Tensor:
+        """Logits (N, S, H, W) of the CNN without the ViT and its prompts, for crops of any size that 16 divides.
+
+        What the mask decoder starts from (see `_initialise`): its linear head on the CNN's finest map.
+        """
+        maps = [self.cnn.stem(stack[:, None])]
+        for down in self.cnn.downs:
+            maps.append(down(maps[-1]))
+        detail = self._slices(self.cnn.decode(maps, self._targets(stack))[-1])
+        start = torch.ones_like(self.mask_decoder.detail.bias).expand(len(detail), -1)
+        return self.mask_decoder.fine(start, detail).unflatten(0, (len(stack), -1))
+
     def _targets(self, stack: Tensor) -> int:
         targets = stack.shape[1] - 2 * self.config.radius
         if targets < 1 or (self.config.planes_kept and targets != 1):
@@ -83,7 +95,12 @@ class Hybrid(nn.Module):
         return x.transpose(1, 2).flatten(0, 1)
 
     def _initialise(self) -> None:
-        """He initialisation of the convolutions (SAMCancer Table 2); linear layers keep torch's own."""
+        """He initialisation of the convolutions (SAMCancer Table 2); linear layers keep torch's own.
+
+        The hypernetwork starts at a vector of ones, so that the mask is at first an ordinary linear head on the CNN's
+        map; from torch's near-zero vector neither side of the dot product gets a gradient for hundreds of steps.
+        """
+        nn.init.ones_(self.mask_decoder.output_hypernetworks_mlps[0].layers[-1].bias)
         for module in self.cnn.modules():
             if isinstance(module, nn.Conv3d):
                 nn.init.kaiming_normal_(module.weight, nonlinearity="relu")

@@ -126,6 +126,18 @@ def test_best_average_is_kept(folder, tmp_path) -> None:
     assert kept == [1, 2]
 
 
+def test_cnn_alone_learns_on_crops(folder, tmp_path) -> None:
+    run = hybrid_training.start(hybrid_settings(folder, tmp_path / "run"))
+    run.budget.spent_s = 30 * 60
+    sampler = StackSampler(prepare(folder, tmp_path / "cache", "axial", "square"), 3, 2, seed=0)
+    images, labels = sampler.batch(6, crop=64)
+    assert images.shape == (6, 7, 64, 64)
+    inside = labels.flatten(1).any(1)
+    assert inside.float().mean() > 0.3
+    losses = [hybrid_training.crop_step(run, images, labels) for _ in range(25)]
+    assert min(losses[-5:]) < 0.8 * losses[0]
+
+
 def test_stacks_keep_slices_and_labels_together(folder, tmp_path) -> None:
     sampler = StackSampler(prepare(folder, tmp_path, "axial", "square"), 4, 2, seed=3)
     images, labels = sampler.batch(12)

@@ -180,3 +180,18 @@ def test_presets_survive_the_manifest() -> None:
 def test_exchanges_follow_blocks_2_5_8_11() -> None:
     assert PRESETS["paper"].exchange_blocks == (2, 5, 8, 11)
     assert PRESETS["small"].exchange_blocks == (1, 3, 5, 7)
+
+
+def test_cnn_alone_is_the_networks_start() -> None:
+    """At first the hypernetwork's vector is near one, so whole network and CNN alone differ by the ViT's share only."""
+    model = build(TINY)
+    hypernetwork = model.mask_decoder.output_hypernetworks_mlps[0].layers[-1]
+    hypernetwork.weight.zero_()  # exactly one
+    model.mask_decoder.output_upscaling[-2].weight.zero_()  # the ViT's share: GELU(0) = 0
+    model.mask_decoder.output_upscaling[-2].bias.zero_()
+    off = replace(TINY, exchanges=False)
+    alone = Hybrid(off).eval().requires_grad_(False)
+    alone.load_state_dict(model.state_dict())
+    stack = torch.rand(2, 6, 256, 256)
+    torch.testing.assert_close(alone.cnn_alone(stack), alone(stack).logits, atol=1e-5, rtol=1e-4)
+    assert alone.cnn_alone(torch.rand(1, 5, 96, 64)).shape == (1, 1, 96, 64)
