@@ -2,14 +2,14 @@
 
     python -m training.calibration --data FLARE_FOLDER --weights weights/NAME
 
-The mean Dice over the cases decides (both empty counts 1, exactly one empty 0, as FLARE grades).
+The mean Dice over the cases decides (both empty counts 1, exactly one empty 0, as FLARE grades). Each network by itself
+is calibrated too, for the record and for fair comparisons; the program uses the fused thresholds only.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,36 +23,70 @@ from inference.hybrid.predict import predict_slices
 from inference.pipeline import Pipeline, scan_score, slice_source
 from inference.slices import SliceGrid
 from inference.weights import MANIFEST, Gate
-from training.data import case_names, load_case
+from training.data import Case, case_names, load_case
 from training.release import write_manifest
 
 ROUNDS = 2  # of the search, one threshold at a time
+SURE = (0.95, 0.5, 0.7, 0.9, 0.98, 0.99, 1.01)  # above 1: never sure alone
+VOXEL = (0.5, 0.3, 0.4, 0.6, 0.7, 0.8, 0.9)
 CHOICES: dict[str, tuple[float, ...]] = {
-    "weight": (0.5, 0.35, 0.65, 0.2, 0.8),
-    "voxel": (0.5, 0.4, 0.3, 0.6),
-    "both_hybrid": (0.5, 0.3, 0.7),
+    "scan_threshold": (0.5, 0.0, 0.3, 0.6, 0.7, 0.8, 0.85, 0.9, 0.93, 0.95, 0.97, 0.98, 0.99),
+    "weight": (0.5, 0.2, 0.35, 0.65, 0.8),
+    "voxel": VOXEL,
+    "both_hybrid": (0.5, 0.3, 0.7, 0.85),
     "both_unet": (0.5, 0.3, 0.7, 0.85),
-    "sure_hybrid": (0.95, 0.9, 0.98, 0.99, 1.01),  # above 1: never sure alone
-    "sure_unet": (0.95, 0.9, 0.98, 0.99, 1.01),
-    "unet_voxel": (0.5, 0.3, 0.7),
-    "min_volume_ml": (0.0, 0.05, 0.1, 0.2),
+    "sure_hybrid": SURE,
+    "sure_unet": SURE,
+    "unet_voxel": VOXEL,
+    "min_volume_ml": (0.0, 0.05, 0.1, 0.2, 0.5),
 }
-SCAN_THRESHOLDS = (0.0, 0.3, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.93, 0.95, 0.97, 0.98, 0.99)
+SEARCHED: dict[str, tuple[str, ...]] = {  # by which network speaks; the thresholds that matter then
+    "hybrid": ("scan_threshold", "voxel", "sure_hybrid", "min_volume_ml"),
+    "unet": ("unet_voxel", "sure_unet", "min_volume_ml"),
+    "fused": tuple(CHOICES),
+}
+
+
+@dataclass(frozen=True)
+class Operating:
+    """Thresholds at which one network, or both fused, are judged."""
+
+    gate: Gate = field(default_factory=lambda: Gate(0.5))
+    fusion: FusionThresholds = field(default_factory=FusionThresholds)
+
+    def change(self, name: str, value: float) -> Operating:
+        if name == "scan_threshold":
+            return replace(self, gate=replace(self.gate, scan_threshold=value))
+        return replace(self, fusion=replace(self.fusion, **{name: value}))
+
+    @classmethod
+    def from_manifest(cls, values: dict[str, Any]) -> Operating:
+        return cls(Gate(**values["gate"]), FusionThresholds.from_dict(values["fusion"]))
 
 
 @dataclass(frozen=True)
 class Predicted:
-    """What both networks say of a case, before any threshold."""
+    """What both networks say of a case, before any threshold: its score, and probabilities (z, y, x) on its grid."""
 
     label: NDArray[np.uint8]
     voxel_ml: float
-    hybrid: SliceSource
-    unet: SliceSource
+    hybrid: NDArray[np.float16]
+    unet: NDArray[np.float16]
     score: float
 
-    def mask(self, gate: Gate, thresholds: FusionThresholds) -> NDArray[np.uint8]:
-        hybrid = None if self.score < gate.scan_threshold else self.hybrid
-        return fuse(hybrid, self.unet, self.label.shape, self.voxel_ml, thresholds)
+    def mask(self, operating: Operating, network: str) -> NDArray[np.uint8]:
+        """network: "hybrid", "unet" or "fused"."""
+        silent = network == "unet" or self.score < operating.gate.scan_threshold
+        hybrid = None if silent else slices_of(self.hybrid)
+        unet = None if network == "hybrid" else slices_of(self.unet)
+        return fuse(hybrid, unet, self.label.shape, self.voxel_ml, operating.fusion)
+
+    def dice(self, operating: Operating, network: str) -> float:
+        return dice(self.mask(operating, network), self.label)
+
+
+def slices_of(probability: NDArray[np.float16]) -> SliceSource:
+    return lambda z: probability[z].astype(np.float32)
 
 
 def dice(mask: NDArray[Any], label: NDArray[Any]) -> float:
@@ -62,31 +96,34 @@ def dice(mask: NDArray[Any], label: NDArray[Any]) -> float:
     return 2 * int((mask & label).sum()) / total if total else 1.0
 
 
-def predict(pipeline: Pipeline, folder: Path, name: str) -> Predicted:
-    case, manifest = load_case(folder, name), pipeline.manifest
+def predict(pipeline: Pipeline, case: Case) -> Predicted:
+    """Both networks' probabilities, brought to the scan's grid once: the search looks at them hundreds of times."""
+    manifest = pipeline.manifest
     grid = SliceGrid(case.hu.shape, case.spacing_mm, manifest.plane, manifest.resize)
     slices = predict_slices(pipeline.hybrid, grid, case.hu, manifest.window_hu, pipeline.targets)
     unet = pipeline.unet.probabilities(case.hu, case.spacing_mm)
-    voxel_ml = float(np.prod(case.spacing_mm)) / 1000
-    return Predicted(case.label, voxel_ml, slice_source(slices, grid), unet.slice, scan_score(slices.presence))
+    hybrid, other = (
+        np.stack([source(z).astype(np.float16) for z in range(len(case.hu))])
+        for source in (slice_source(slices, grid), unet.slice)
+    )
+    return Predicted(case.label, float(np.prod(case.spacing_mm)) / 1000, hybrid, other, scan_score(slices.presence))
 
 
-def mean_dice(cases: list[Predicted], gate: Gate, thresholds: FusionThresholds) -> float:
-    return float(np.mean([dice(case.mask(gate, thresholds), case.label) for case in cases]))
+def calibrate(cases: list[Predicted], network: str) -> tuple[Operating, float]:
+    """One threshold after the other, twice over, each where the mean Dice is highest; and that mean."""
 
+    def mean(operating: Operating) -> float:
+        return float(np.mean([case.dice(operating, network) for case in cases]))
 
-def calibrate(cases: list[Predicted]) -> tuple[Gate, FusionThresholds, float]:
-    """One threshold after the other, twice over, each where the mean Dice is highest."""
-    gate, thresholds = Gate(0.5), FusionThresholds()
-    best = mean_dice(cases, gate, thresholds)
-    steps: Iterable[tuple[str, tuple[float, ...]]] = [("scan", SCAN_THRESHOLDS), *CHOICES.items()]
-    for name, choices in tqdm([*steps] * ROUNDS, desc="thresholds"):
-        for value in choices:
-            other = (Gate(value), thresholds) if name == "scan" else (gate, replace(thresholds, **{name: value}))
-            score = mean_dice(cases, *other)
+    chosen = Operating()
+    best = mean(chosen)
+    for name in tqdm(SEARCHED[network] * ROUNDS, desc=f"{network} thresholds"):
+        for value in CHOICES[name]:
+            other = chosen.change(name, value)
+            score = mean(other)
             if score > best + 1e-4:
-                best, (gate, thresholds) = score, other
-    return gate, thresholds, best
+                best, chosen = score, other
+    return chosen, best
 
 
 @dataclass(frozen=True)
@@ -98,14 +135,16 @@ class Settings:
 def main(settings: Settings) -> None:
     pipeline = Pipeline(settings.weights)
     names = case_names(settings.data)
-    cases = [predict(pipeline, settings.data, name) for name in tqdm(names, desc="cases", unit="case")]
-    gate, thresholds, best = calibrate(cases)
+    cases = [predict(pipeline, load_case(settings.data, name)) for name in tqdm(names, desc="cases", unit="case")]
     manifest = json.loads((settings.weights / MANIFEST).read_text())
-    manifest["gate"] = {"scan_threshold": gate.scan_threshold, "skip_unet": gate.skip_unet}
-    manifest["fusion"] = thresholds.to_dict()
-    manifest["training"]["calibration"] = {"cases": len(cases), "mean_dice": round(best, 4)}
+    record: dict[str, Any] = {"cases": len(cases)}
+    for network in SEARCHED:
+        chosen, best = calibrate(cases, network)
+        record[network] = {**asdict(chosen), "mean_dice": round(best, 4)}
+        print(f"{network}: mean Dice {best:.3f} on {len(cases)} cases, {chosen}")
+    manifest["gate"], manifest["fusion"] = record["fused"].pop("gate"), record["fused"].pop("fusion")
+    manifest["training"]["calibration"] = record
     write_manifest(settings.weights, manifest)
-    print(f"mean Dice {best:.3f} on {len(cases)} cases: {gate}, {thresholds}")
 
 
 if __name__ == "__main__":

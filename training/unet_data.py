@@ -49,35 +49,39 @@ def prepare(folder: Path, cache: Path, config: UNetConfig) -> list[GridCase]:
 
 
 class PatchSampler:
-    """Draws augmented patches; in two of three a random lesion, large or small alike, is near the centre."""
+    """Draws augmented patches; in two of three a random lesion is near the centre."""
 
-    def __init__(self, cases: list[GridCase], config: UNetConfig, patch: tuple[int, int, int], seed: int) -> None:
+    def __init__(self, cases: list[GridCase], config: UNetConfig, seed: int) -> None:
         self.cases = cases
         self.with_lesion = [case for case in cases if case.lesions]
         if not self.with_lesion:
             raise ValueError("no case has a lesion: nothing can be learnt")
-        self.config, self.patch = config, patch
+        self.config = config
         self.rng = np.random.default_rng(seed)
 
-    def batch(self, size: int) -> tuple[Tensor, Tensor]:
+    def batch(self, size: int, patch: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
         """Images (size, channels, *patch) in [0, 1] and labels (size, 1, *patch)."""
-        pairs = [self._patch() for _ in range(size)]
+        pairs = [self._patch(patch) for _ in range(size)]
         return torch.stack([image for image, _ in pairs]), torch.stack([label for _, label in pairs])
 
-    def _patch(self) -> tuple[Tensor, Tensor]:
+    def _patch(self, patch: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
         if self.rng.random() < FOREGROUND_SHARE:
             case = self.with_lesion[self.rng.integers(len(self.with_lesion))]
-            lesion = case.lesions[self.rng.integers(len(case.lesions))]
+            lesion = self._lesion(case)
             centre = lesion[self.rng.integers(len(lesion))] + self.rng.integers(-12, 13, 3)
         else:
             case = self.cases[self.rng.integers(len(self.cases))]
             centre = self.rng.integers(0, case.hu.shape)
-        hu, label = cut(case.hu, centre, self.patch, AIR_HU), cut(case.label, centre, self.patch, 0)
-        for axis in range(3):
-            if self.rng.random() < 0.5:
-                hu, label = np.flip(hu, axis), np.flip(label, axis)
+        hu, label = cut(case.hu, centre, patch, AIR_HU), cut(case.label, centre, patch, 0)
+        if self.rng.random() < 0.5:  # left-right alone: the other flips cost a short training more than they give
+            hu, label = np.flip(hu, 2), np.flip(label, 2)
         image = channels(self._intensity(hu.astype(np.float32)), self.config)
         return torch.from_numpy(image), torch.from_numpy(label[None].astype(np.float32))
+
+    def _lesion(self, case: GridCase) -> NDArray[np.intp]:
+        """One of the case's lesions, drawn by the cube root of its volume: by its diameter."""
+        diameters = np.cbrt([len(lesion) for lesion in case.lesions])
+        return case.lesions[self.rng.choice(len(case.lesions), p=diameters / diameters.sum())]
 
     def _intensity(self, hu: NDArray[np.float32]) -> NDArray[np.float32]:
         """Another contrast about 50 HU, an offset, noise."""

@@ -23,17 +23,20 @@ SUPERVISION = (1.0, 0.5, 0.25)  # weights of the finest level and the two below
 
 @dataclass(frozen=True)
 class Settings(Common):
-    learning_rate: float = 2e-3
+    learning_rate: float = 1e-2
     clip: float = 12.0
     features: int = 16
     patch: tuple[int, int, int] = (64, 96, 96)
     batch: int = 2
+    small_share: float = 0.0  # of the budget, at first: patches of `small`, several times as many a minute
+    small: tuple[int, int, int] = (32, 64, 64)
 
     def __post_init__(self) -> None:
         # below, a side of the coarsest level is shorter than the kernel, where bfloat16 weight gradients of torch 2.10
         # on a CPU are garbage (checked against float32: 1e34 at a depth of 2, within 1 % from 4 on)
-        if min(self.patch) < 32 or any(side % 8 for side in self.patch):
-            raise ValueError(f"patch sides must be multiples of 8 from 32 on, not {self.patch}")
+        for patch in (self.patch, self.small):
+            if min(patch) < 32 or any(side % 8 for side in patch):
+                raise ValueError(f"patch sides must be multiples of 8 from 32 on, not {patch}")
 
 
 def start(settings: Settings) -> Run:
@@ -74,7 +77,11 @@ def main(settings: Settings) -> None:
     config = UNetConfig(features=settings.features)
     cases = prepare(settings.data, settings.out / "cache", config)
     run = start(settings)
-    sampler = PatchSampler(cases[: -settings.validation], config, settings.patch, settings.seed + run.step)
+    sampler = PatchSampler(cases[: -settings.validation], config, settings.seed + run.step)
+
+    def step() -> float:
+        patch = settings.small if run.budget.share < settings.small_share else settings.patch
+        return train_step(run, *sampler.batch(settings.batch, patch))
 
     def scores() -> dict[str, float]:
         return {
@@ -84,7 +91,7 @@ def main(settings: Settings) -> None:
     def keep() -> None:
         export_onnx(run.average.module, config, settings.out / "unet.onnx")
 
-    train(run, lambda: train_step(run, *sampler.batch(settings.batch)), scores, keep)
+    train(run, step, scores, keep)
 
 
 if __name__ == "__main__":

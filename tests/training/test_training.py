@@ -89,10 +89,10 @@ def test_unet_learns(folder, tmp_path) -> None:
     config = UNetConfig(features=4)
     settings = unet_training.Settings(folder, tmp_path / "run", features=4, learning_rate=1e-2)
     (tmp_path / "run").mkdir()
-    sampler = PatchSampler(prepare_grids(folder, tmp_path / "cache", config), config, (32, 32, 32), seed=0)
+    sampler = PatchSampler(prepare_grids(folder, tmp_path / "cache", config), config, seed=0)
     run = unet_training.start(settings)
     run.budget.spent_s = 30 * 60
-    losses = [unet_training.train_step(run, *sampler.batch(2)) for _ in range(30)]
+    losses = [unet_training.train_step(run, *sampler.batch(2, (32, 32, 32))) for _ in range(30)]
     assert np.mean(losses[-5:]) < 0.7 * np.mean(losses[:3])
 
 
@@ -201,13 +201,16 @@ def test_dice_of_empty_masks_is_flares() -> None:
     assert dice(np.array([1, 1, 0, 0]), np.array([1, 0, 0, 0])) == pytest.approx(2 / 3)
 
 
-def test_calibration_finds_the_gate_that_separates() -> None:
-    """Healthy cases score 0.6 and would get false positives, diseased ones 0.9: the threshold must fall between."""
-    lump = np.zeros((3, 6, 6), np.float32)
+@pytest.mark.parametrize("network", ["hybrid", "unet", "fused"])
+def test_calibration_finds_what_separates(network: str) -> None:
+    """Healthy cases score 0.6 and would get false positives, diseased ones 0.9: a threshold must fall between."""
+    lump = np.zeros((3, 6, 6), np.float16)
     lump[1, 2:4, 2:4] = 0.97
-    quiet = np.zeros_like(lump)
-    sick = [Predicted((lump > 0).astype(np.uint8), 1.0, lambda z: lump[z], lambda z: lump[z], 0.9)] * 2
-    healthy = [Predicted(quiet.astype(np.uint8), 1.0, lambda z: lump[z], lambda z: 0.6 * lump[z], 0.6)] * 2
-    gate, _, best = calibrate([*sick, *healthy])
-    assert 0.6 < gate.scan_threshold <= 0.9
+    sick = [Predicted((lump > 0).astype(np.uint8), 1.0, lump, lump, 0.9)] * 2
+    healthy = [Predicted(np.zeros(lump.shape, np.uint8), 1.0, lump, np.float16(0.6) * lump, 0.6)] * 2
+    operating, best = calibrate([*sick, *healthy], network)
     assert best == pytest.approx(1)
+    if network == "unet":
+        assert 0.58 < operating.fusion.unet_voxel <= 0.97 or 0.58 < operating.fusion.sure_unet <= 0.97
+    else:
+        assert 0.6 < operating.gate.scan_threshold <= 0.9
