@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
+from training.convolution import planar
+
 WARM_UP = 0.02  # share of the budget
 CHECKPOINT, LOG = "checkpoint.pt", "log.jsonl"
 
@@ -67,7 +69,9 @@ class Run:
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, settings: Common) -> None:
         self.model, self.optimizer, self.settings = model, optimizer, settings
-        self.average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(settings.decay))
+        self.average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(settings.decay))  # a plain copy
+        if settings.device == "cpu":
+            planar(model)
         self.budget = Budget(settings.minutes)
         self.step, self.best = 0, -1.0
         if (settings.out / CHECKPOINT).exists():
