@@ -30,6 +30,11 @@ def axis_matrix(
     return (weights / total).astype(np.float32)
 
 
+def nearest(size_in: int, spacing_in: float, size_out: int, spacing_out: float) -> NDArray[np.intp]:
+    """For each output voxel the nearest input voxel, (size_out,): what labels are resampled with."""
+    return axis_matrix(size_in, spacing_in, size_out, spacing_out).argmax(axis=1)
+
+
 def _full_weight(position: NDArray[np.floating], reach: float) -> NDArray[np.floating]:
     """Sum of each row's filter over all integers, those beyond the input included; shape (rows, 1)."""
     span = np.arange(-int(np.ceil(reach)) - 1, int(np.ceil(reach)) + 2)

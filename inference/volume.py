@@ -105,13 +105,13 @@ def read_volume(path: Path) -> Volume:
 
 
 def read_label(path: Path, geometry: Geometry) -> NDArray[np.uint8]:
-    """Read a mask as {0, 1} on the grid `geometry` of its scan, canonical (z, y, x)."""
+    """Read labels (0 … 255) on the grid `geometry` of their scan, canonical (z, y, x)."""
     array, own = _read(path)
     if own.shape != geometry.shape or not np.allclose(
         own.header.get_best_affine(), geometry.header.get_best_affine(), atol=1e-3
     ):
         raise ValueError(f"{path}: not on the grid of its scan: resample it to the scan's")
-    return np.ascontiguousarray(geometry.to_canonical(array[:] > 0).astype(np.uint8))
+    return np.ascontiguousarray(geometry.to_canonical(array[:].astype(np.uint8)))
 
 
 def _read(path: Path) -> tuple[Any, Geometry]:

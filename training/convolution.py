@@ -56,13 +56,14 @@ class _Convolution(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, stride: Three, padding: Three, dilation: Three
     ) -> Tensor:
+        x = x.contiguous(memory_format=torch.channels_last_3d)  # once: every plane of the kernel cuts slices from it
         ctx.save_for_backward(x, weight)
         ctx.has_bias, ctx.placing = bias is not None, (stride, padding, dilation)
         return nn.functional.conv3d(x, weight, bias, stride, padding, dilation)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        (gradient,) = gradients
+        gradient = gradients[0].contiguous(memory_format=torch.channels_last_3d)
         x, weight = ctx.saved_tensors
         stride, padding, dilation = ctx.placing
         to_x = None
@@ -79,7 +80,7 @@ def _weight_gradient(
     gradient: Tensor, x: Tensor, weight: Tensor, stride: Three, padding: Three, dilation: Three
 ) -> Tensor:
     """gradient: (N, C_out, D', H', W'); x: (N, C_in, D, H, W); weight: (C_out, C_in, k_d, k_h, k_w), as the result."""
-    result = torch.zeros_like(weight)
+    result = torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32))
     for plane in range(weight.shape[2]):
         first = plane * dilation[0] - padding[0]  # plane of x that the kernel's plane meets for output plane 0
         low = max(0, -(first // stride[0]))
@@ -87,14 +88,15 @@ def _weight_gradient(
         if high <= low:
             continue  # it only ever met the padding
         start = first + low * stride[0]
-        seen = x[:, :, start : start + (high - low - 1) * stride[0] + 1 : stride[0]]
-        result[:, :, plane] = torch.ops.aten.convolution_backward(
-            _planes(gradient[:, :, low:high]), _planes(seen), weight[:, :, plane].contiguous(), None,
-            stride[1:], padding[1:], dilation[1:], False, [0, 0], 1, [False, True, False],
-        )[1]  # fmt: skip
-    return result
+        stop = start + (high - low - 1) * stride[0] + 1
+        for sample, changes in zip(x, gradient, strict=True):  # one by one: slices of the batch would be copied
+            result[:, :, plane] += torch.ops.aten.convolution_backward(
+                _planes(changes[:, low:high]), _planes(sample[:, start : stop : stride[0]]), weight[:, :, plane],
+                None, stride[1:], padding[1:], dilation[1:], False, [0, 0], 1, [False, True, False],
+            )[1]  # fmt: skip
+    return result.to(weight.dtype)
 
 
 def _planes(volume: Tensor) -> Tensor:
-    """(N, C, D, H, W) → (N·D, C, H, W), channels-last."""
-    return volume.transpose(1, 2).flatten(0, 1).contiguous(memory_format=torch.channels_last)
+    """(C, D, H, W) → (D, C, H, W), channels-last; a view where it was so."""
+    return volume.transpose(0, 1).contiguous(memory_format=torch.channels_last)

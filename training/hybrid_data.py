@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -21,19 +22,22 @@ SHARES = {LESION: 0.55, LESION_FREE: 0.25, HEALTHY: 0.2}
 
 @dataclass(frozen=True)
 class SliceCase:
-    """image, label: uint8 (slices, 256, 256), memory-mapped; image is 0 … 255 over the tissue window, label {0, 1}."""
+    """uint8 (slices, 256, 256), memory-mapped: image 0 … 255 over the window, label {0, 1}, organs as `Case`'s."""
 
     name: str
     image: NDArray[np.uint8]
     label: NDArray[np.uint8]
+    organs: NDArray[np.uint8]
     lesion_slices: NDArray[np.intp]
 
 
-def cut_case(case: Case, plane: Plane, resize: Resize) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+def cut_case(case: Case, plane: Plane, resize: Resize) -> NDArray[np.uint8]:
+    """Image, label and organs, uint8 (3, slices, 256, 256)."""
     grid = SliceGrid(case.hu.shape, case.spacing_mm, plane, resize)
     image = np.rint(grid.cut(case.hu, 0, len(grid)) * 255).astype(np.uint8)
     label = np.stack([grid.resample(case.label[grid[i]].astype(np.float32)) >= 0.5 for i in range(len(grid))])
-    return image, label.astype(np.uint8)
+    organs = np.stack([grid.resample_labels(case.organs[grid[i]]) for i in range(len(grid))])
+    return np.stack([image, label.astype(np.uint8), organs])
 
 
 def prepare(folder: Path, cache: Path, plane: Plane, resize: Resize) -> list[SliceCase]:
@@ -44,11 +48,19 @@ def prepare(folder: Path, cache: Path, plane: Plane, resize: Resize) -> list[Sli
         path = cache / f"{name}_{plane}_{resize}.npy"
         if not path.exists():
             temporary = path.with_name(f".{path.name}")
-            np.save(temporary, np.stack(cut_case(load_case(folder, name), plane, resize)))
+            np.save(temporary, cut_case(load_case(folder, name), plane, resize))
             temporary.rename(path)
-        image, label = np.load(path, mmap_mode="r")
-        cases.append(SliceCase(name, image, label, np.flatnonzero(label.any(axis=(1, 2)))))
+        image, label, organs = np.load(path, mmap_mode="r")
+        cases.append(SliceCase(name, image, label, organs, np.flatnonzero(label.any(axis=(1, 2)))))
     return cases
+
+
+class Stacks(NamedTuple):
+    """image: float in [0, 1]; label: float {0, 1}; organs: uint8; shapes as `StackSampler.batch` says."""
+
+    image: Tensor
+    label: Tensor
+    organs: Tensor
 
 
 class StackSampler:
@@ -63,26 +75,28 @@ class StackSampler:
         self.rng = np.random.default_rng(seed)
         self.intensity, self.in_plane = RandomIntensity(), RandomInPlane()
 
-    def batch(self, stacks: int, crop: int = 0) -> tuple[Tensor, Tensor]:
-        """Images (stacks, targets + 2·radius, 256, 256) in [0, 1] and labels (stacks, targets, 256, 256).
+    def batch(self, stacks: int, crop: int = 0) -> Stacks:
+        """Images (stacks, targets + 2·radius, 256, 256) in [0, 1]; labels and organs (stacks, targets, 256, 256).
 
         crop: pixels a side to cut out instead, around a lesion where there is one.
         """
-        pairs = [self._stack() for _ in range(stacks)]
+        drawn = [self._stack() for _ in range(stacks)]
         if crop:
-            pairs = [self._crop(image, label, crop) for image, label in pairs]
-        return torch.stack([image for image, _ in pairs]), torch.stack([label for _, label in pairs])
+            drawn = [self._crop(stack, crop) for stack in drawn]
+        return Stacks(*(torch.stack(parts) for parts in zip(*drawn, strict=True)))
 
-    def _stack(self) -> tuple[Tensor, Tensor]:
+    def _stack(self) -> Stacks:
         case, start = self._place()
         around = np.clip(np.arange(start - self.radius, start + self.targets + self.radius), 0, len(case.image) - 1)
         image = torch.from_numpy(case.image[around]).float() / 255
-        label = torch.from_numpy(case.label[around[self.radius : self.radius + self.targets]]).float()
+        targets = around[self.radius : self.radius + self.targets]
+        label, organs = (torch.from_numpy(array[targets]).float() for array in (case.label, case.organs))
         move = self.in_plane.draw(self.rng)
         image = self.intensity.draw(self.rng)(move(image))
-        return image, (move(label) >= 0.5).float()
+        return Stacks(image, (move(label) >= 0.5).float(), move(organs, "nearest").byte())
 
-    def _crop(self, image: Tensor, label: Tensor, side: int) -> tuple[Tensor, Tensor]:
+    def _crop(self, stack: Stacks, side: int) -> Stacks:
+        image, label, _ = stack
         places = label.any(dim=0).nonzero() if label.any() else (image[self.radius] > 0).nonzero()
         limit = image.shape[-1] - side
         if len(places):
@@ -92,7 +106,7 @@ class StackSampler:
             corner = self.rng.integers(0, limit + 1, 2)
         row, column = np.clip(corner, 0, limit)
         part = (slice(None), slice(row, row + side), slice(column, column + side))
-        return image[part], label[part]
+        return Stacks(*(tensor[part] for tensor in stack))
 
     def _place(self) -> tuple[SliceCase, int]:
         """A case and the first target slice in it."""

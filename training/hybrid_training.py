@@ -15,14 +15,14 @@ import numpy as np
 import torch
 import tyro
 from safetensors.torch import save_file
-from torch import Tensor
 
 from inference.hybrid.config import PRESETS
 from inference.hybrid.model import Hybrid, channels_last
 from inference.slices import Plane, Resize
-from training.hybrid_data import SliceCase, StackSampler, prepare
+from training.hybrid_data import SliceCase, Stacks, StackSampler, prepare
 from training.loop import Common, Run, train
 from training.losses import hybrid_loss, mask_loss
+from training.organs import OrganHeads
 
 VALIDATION_STACK = 16  # slices
 
@@ -42,23 +42,29 @@ class Settings(Common):
 def start(settings: Settings) -> Run:
     torch.manual_seed(settings.seed)
     model = channels_last(Hybrid(PRESETS[settings.preset])).to(settings.device)
-    return Run(model, torch.optim.Adam(model.parameters(), lr=settings.learning_rate), settings)
+    widths = [2 * PRESETS[settings.preset].cnn_width, PRESETS[settings.preset].prompt_dim]
+    run = Run(model, OrganHeads(widths), torch.optim.Adam, settings)
+    run.heads.watch([model.cnn.ups[-2], model.vit.neck])
+    return run
 
 
-def train_step(run: Run, image: Tensor, label: Tensor) -> float:
-    """One step on (N, D, 256, 256) images and (N, S, 256, 256) labels; gated by the true class."""
-    image, label = image.to(run.device), label.to(run.device)
+def train_step(run: Run, stacks: Stacks) -> float:
+    """One step on stacks of whole slices; gated by the true class."""
+    image, label, organs = (tensor.to(run.device) for tensor in stacks)
     present = label.flatten(2).any(dim=2)
     with torch.autocast(run.device.type, torch.bfloat16):
         output = run.model(image, present)
-    return run.update(hybrid_loss(output.logits, output.presence, label, present))
+        organ_loss = run.heads.loss(organs)
+    return run.update(hybrid_loss(output.logits, output.presence, label, present) + organ_loss)
 
 
-def crop_step(run: Run, image: Tensor, label: Tensor) -> float:
-    """One step of the CNN alone on crops (N, D, side, side) and labels (N, S, side, side)."""
+def crop_step(run: Run, stacks: Stacks) -> float:
+    """One step of the CNN alone on crops."""
+    image, label, organs = (tensor.to(run.device) for tensor in stacks)
     with torch.autocast(run.device.type, torch.bfloat16):
-        logits = cast(Hybrid, run.model).cnn_alone(image.to(run.device))
-    return run.update(mask_loss(logits, label.to(run.device)))
+        logits = cast(Hybrid, run.model).cnn_alone(image)
+        organ_loss = run.heads.loss(organs)
+    return run.update(mask_loss(logits, label) + organ_loss)
 
 
 def validate(run: Run, case: SliceCase, radius: int) -> tuple[float, float]:
@@ -88,8 +94,8 @@ def main(settings: Settings) -> None:
 
     def step() -> float:
         if run.budget.share < settings.crop_share:
-            return crop_step(run, *sampler.batch(settings.crop_stacks, settings.crop))
-        return train_step(run, *sampler.batch(settings.stacks))
+            return crop_step(run, sampler.batch(settings.crop_stacks, settings.crop))
+        return train_step(run, sampler.batch(settings.stacks))
 
     def keep() -> None:
         state = {name: value.contiguous() for name, value in run.average.module.state_dict().items()}

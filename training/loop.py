@@ -20,9 +20,11 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 from training.convolution import planar
+from training.organs import OrganHeads
 
 WARM_UP = 0.02  # share of the budget
 CHECKPOINT, LOG = "checkpoint.pt", "log.jsonl"
+PARTS = ("model", "average", "heads", "optimizer")  # of a run, in its checkpoint
 
 
 @dataclass(frozen=True)
@@ -65,10 +67,17 @@ class Budget:
 
 
 class Run:
-    """A network in training: its averaged weights, which validate and ship, its optimizer and its checkpoint."""
+    """A network in training: its averaged weights, which validate and ship, its optimizer and its checkpoint.
 
-    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, settings: Common) -> None:
-        self.model, self.optimizer, self.settings = model, optimizer, settings
+    heads: of the second task, trained along and saved, never shipped.
+    """
+
+    def __init__(
+        self, model: nn.Module, heads: OrganHeads, optimizer: Callable[..., torch.optim.Optimizer], settings: Common
+    ) -> None:
+        self.model, self.heads, self.settings = model, heads.to(settings.device), settings
+        self.parameters = [*model.parameters(), *heads.parameters()]
+        self.optimizer = optimizer(self.parameters, lr=settings.learning_rate)
         self.average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(settings.decay))  # a plain copy
         if settings.device == "cpu":
             planar(model)
@@ -87,7 +96,7 @@ class Run:
             group["lr"] = self.settings.learning_rate * self.budget.learning_rate_factor
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.clip)
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.settings.clip)
         if norm.isfinite():
             self.optimizer.step()
         self.average.update_parameters(self.model)
@@ -98,13 +107,13 @@ class Run:
         """Write the checkpoint, whole or not at all."""
         path = self.settings.out / CHECKPOINT
         temporary = path.with_name(f".{path.name}.tmp")
-        parts = {name: getattr(self, name).state_dict() for name in ("model", "average", "optimizer")}
+        parts = {name: getattr(self, name).state_dict() for name in PARTS}
         torch.save({**parts, "spent_s": self.budget.seconds, "step": self.step, "best": self.best}, temporary)
         temporary.replace(path)
 
     def _load(self, path: Path) -> None:
         state = torch.load(path, weights_only=True)
-        for name in ("model", "average", "optimizer"):
+        for name in PARTS:
             getattr(self, name).load_state_dict(state[name])
         self.budget.spent_s, self.step, self.best = state["spent_s"], state["step"], state["best"]
 

@@ -198,11 +198,12 @@ def _scan(rng: np.random.Generator, canvas: Canvas, scanner: Scanner, patient: P
 
 
 def write_flare(phantom: Phantom, folder: Path | str, name: str) -> None:
-    """Write `imagesTr/NAME_0000.nii.gz` (int16 HU) and `labelsTr/NAME.nii.gz` (uint8), LPS, identity direction."""
+    """Write `imagesTr/NAME_0000.nii.gz` (int16 HU), `labelsTr/NAME.nii.gz` and `organsTr/NAME.nii.gz` (uint8), LPS."""
     z, y, x = phantom.spacing_mm
     # NIfTI counts in RAS: x and y point the other way than in LPS.
     affine = np.diag([-x, -y, z, 1.0])
-    for place, array in (("imagesTr/{}_0000", phantom.hu), ("labelsTr/{}", phantom.lesions)):
+    places = ("imagesTr/{}_0000", "labelsTr/{}", "organsTr/{}")
+    for place, array in zip(places, (phantom.hu, phantom.lesions, phantom.organs), strict=True):
         path = Path(folder) / (place.format(name) + ".nii.gz")
         path.parent.mkdir(parents=True, exist_ok=True)
         image = nib.Nifti1Image(np.ascontiguousarray(array.transpose(2, 1, 0)), affine)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import cc3d
 import numpy as np
@@ -12,19 +13,25 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
+from inference.resampling import nearest
 from inference.unet import AIR_HU, UNetConfig, channels, resample
-from training.data import case_names, load_case
+from training.anatomy import Organ
+from training.data import Case, case_names, load_case
 
 FOREGROUND_SHARE = 0.67  # of the patches are centred near a lesion; nnU-Net's rule is 1/3, over whole batches
 
 
 @dataclass(frozen=True)
 class GridCase:
-    """hu: int16, label: uint8 {0, 1} on the network's grid, (z, y, x); lesions: voxels of each component, (n, 3)."""
+    """On the network's grid, (z, y, x): hu int16, label uint8 {0, 1}, organs as `Case`'s.
+
+    lesions: voxels of each component, (n, 3).
+    """
 
     name: str
     hu: NDArray[np.int16]
     label: NDArray[np.uint8]
+    organs: NDArray[np.uint8]
     lesions: list[NDArray[np.intp]]
 
 
@@ -35,17 +42,31 @@ def prepare(folder: Path, cache: Path, config: UNetConfig) -> list[GridCase]:
     for name in tqdm(case_names(folder), desc="grids", unit="case"):
         path = cache / f"{name}.npz"
         if not path.exists():
-            case = load_case(folder, name)
-            hu = np.rint(resample(case.hu, case.spacing_mm, config)).astype(np.int16)
-            label = (resample(case.label, case.spacing_mm, config) >= 0.5).astype(np.uint8)
             temporary = path.with_name(f".{path.name}")
-            np.savez_compressed(temporary, hu=hu, label=label)
+            hu, label, organs = resample_case(load_case(folder, name), config)
+            np.savez_compressed(temporary, hu=hu, label=label, organs=organs)
             temporary.rename(path)
         with np.load(path) as arrays:
-            hu, label = arrays["hu"], arrays["label"]
+            hu, label, organs = arrays["hu"], arrays["label"], arrays["organs"]
         components, count = cc3d.connected_components(label, connectivity=26, return_N=True)
-        cases.append(GridCase(name, hu, label, [np.argwhere(components == i + 1) for i in range(count)]))
+        cases.append(GridCase(name, hu, label, organs, [np.argwhere(components == i + 1) for i in range(count)]))
     return cases
+
+
+def resample_case(case: Case, config: UNetConfig) -> tuple[NDArray[np.int16], NDArray[np.uint8], NDArray[np.uint8]]:
+    """hu, label and organs of a case on the network's grid."""
+    hu = np.rint(resample(case.hu, case.spacing_mm, config)).astype(np.int16)
+    label = (resample(case.label, case.spacing_mm, config) >= 0.5).astype(np.uint8)
+    grids = zip(case.hu.shape, case.spacing_mm, hu.shape, config.spacing_mm, strict=True)
+    return hu, label, case.organs[np.ix_(*(nearest(*grid) for grid in grids))]
+
+
+class Patches(NamedTuple):
+    """image: float in [0, 1]; label: float {0, 1}; organs: uint8; shapes as `PatchSampler.batch` says."""
+
+    image: Tensor
+    label: Tensor
+    organs: Tensor
 
 
 class PatchSampler:
@@ -59,12 +80,12 @@ class PatchSampler:
         self.config = config
         self.rng = np.random.default_rng(seed)
 
-    def batch(self, size: int, patch: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
-        """Images (size, channels, *patch) in [0, 1] and labels (size, 1, *patch)."""
-        pairs = [self._patch(patch) for _ in range(size)]
-        return torch.stack([image for image, _ in pairs]), torch.stack([label for _, label in pairs])
+    def batch(self, size: int, patch: tuple[int, int, int]) -> Patches:
+        """Images (size, channels, *patch) in [0, 1], labels (size, 1, *patch) and organs (size, *patch)."""
+        drawn = [self._patch(patch) for _ in range(size)]
+        return Patches(*(torch.stack(parts) for parts in zip(*drawn, strict=True)))
 
-    def _patch(self, patch: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
+    def _patch(self, patch: tuple[int, int, int]) -> Patches:
         if self.rng.random() < FOREGROUND_SHARE:
             case = self.with_lesion[self.rng.integers(len(self.with_lesion))]
             lesion = self._lesion(case)
@@ -72,11 +93,18 @@ class PatchSampler:
         else:
             case = self.cases[self.rng.integers(len(self.cases))]
             centre = self.rng.integers(0, case.hu.shape)
-        hu, label = cut(case.hu, centre, patch, AIR_HU), cut(case.label, centre, patch, 0)
+        hu, label, organs = (
+            cut(array, centre, patch, outside)
+            for array, outside in ((case.hu, AIR_HU), (case.label, 0), (case.organs, Organ.AIR))
+        )
         if self.rng.random() < 0.5:  # left-right alone: the other flips cost a short training more than they give
-            hu, label = np.flip(hu, 2), np.flip(label, 2)
+            hu, label, organs = (np.flip(array, 2) for array in (hu, label, organs))
         image = channels(self._intensity(hu.astype(np.float32)), self.config)
-        return torch.from_numpy(image), torch.from_numpy(label[None].astype(np.float32))
+        return Patches(
+            torch.from_numpy(image),
+            torch.from_numpy(label[None].astype(np.float32)),
+            torch.from_numpy(np.ascontiguousarray(organs)),
+        )
 
     def _lesion(self, case: GridCase) -> NDArray[np.intp]:
         """One of the case's lesions, drawn by the cube root of its volume: by its diameter."""

@@ -6,6 +6,7 @@ python -m training.unet_training --data FLARE_FOLDER --out RUN_DIR --minutes 40
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -15,8 +16,9 @@ from torch import Tensor
 from inference.unet import AIR_HU, UNetConfig, channels
 from training.loop import Common, Run, train
 from training.losses import mask_loss
+from training.organs import OrganHeads
 from training.unet import build_unet, export_onnx
-from training.unet_data import GridCase, PatchSampler, cut, prepare
+from training.unet_data import GridCase, Patches, PatchSampler, cut, prepare
 
 SUPERVISION = (1.0, 0.5, 0.25)  # weights of the finest level and the two below
 
@@ -43,7 +45,10 @@ def start(settings: Settings) -> Run:
     torch.manual_seed(settings.seed)
     model = build_unet(UNetConfig(features=settings.features)).to(settings.device)
     model = model.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
-    return Run(model, torch.optim.AdamW(model.parameters(), lr=settings.learning_rate, weight_decay=1e-3), settings)
+    optimizer = partial(torch.optim.AdamW, weight_decay=1e-3)
+    run = Run(model, OrganHeads([4 * settings.features, 2 * settings.features]), optimizer, settings)
+    run.heads.watch(list(model.upsamples)[-3:-1])  # a quarter and half of the resolution
+    return run
 
 
 def supervised_loss(outputs: Tensor, target: Tensor) -> Tensor:
@@ -52,11 +57,13 @@ def supervised_loss(outputs: Tensor, target: Tensor) -> Tensor:
     return torch.stack(losses).sum() / sum(SUPERVISION)
 
 
-def train_step(run: Run, image: Tensor, label: Tensor) -> float:
-    image = image.to(run.device, memory_format=torch.channels_last_3d)
+def train_step(run: Run, patches: Patches) -> float:
+    image, label, organs = (tensor.to(run.device) for tensor in patches)
+    image = image.contiguous(memory_format=torch.channels_last_3d)
     with torch.autocast(run.device.type, torch.bfloat16):
         outputs = run.model(image)
-    return run.update(supervised_loss(outputs, label.to(run.device)))
+        organ_loss = run.heads.loss(organs)
+    return run.update(supervised_loss(outputs, label) + organ_loss)
 
 
 def validate(run: Run, case: GridCase, config: UNetConfig, patch: tuple[int, int, int]) -> float:
@@ -81,7 +88,7 @@ def main(settings: Settings) -> None:
 
     def step() -> float:
         patch = settings.small if run.budget.share < settings.small_share else settings.patch
-        return train_step(run, *sampler.batch(settings.batch, patch))
+        return train_step(run, sampler.batch(settings.batch, patch))
 
     def scores() -> dict[str, float]:
         return {

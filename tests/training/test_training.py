@@ -12,12 +12,14 @@ import torch
 from inference.hybrid.config import PRESETS, HybridConfig
 from inference.unet import UNetConfig
 from training import hybrid_training, unet_training
+from training.anatomy import Organ
 from training.augmentation import InPlane, Intensity, RandomInPlane, RandomIntensity
 from training.calibration import Predicted, calibrate, dice
 from training.data import case_names, load_case
 from training.hybrid_data import StackSampler, prepare
 from training.loop import Budget, train
 from training.losses import hybrid_loss, soft_dice_loss
+from training.organs import UNKNOWN, WEIGHT, OrganHeads
 from training.unet_data import PatchSampler, cut
 from training.unet_data import prepare as prepare_grids
 
@@ -26,9 +28,9 @@ TINY = HybridConfig(32, 4, 2, 0, cnn_width=4, prompt_dim=16)
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """Six scans of 150×150×60 mm, four with a bright cube."""
+    """Six scans of 150×150×60 mm, four with a bright cube; the organs of all but the last are known."""
     root = tmp_path_factory.mktemp("flare")
-    for part in ("imagesTr", "labelsTr"):
+    for part in ("imagesTr", "labelsTr", "organsTr"):
         (root / part).mkdir()
     for index in range(6):
         rng = np.random.default_rng(index)
@@ -41,6 +43,9 @@ def folder(tmp_path_factory) -> Path:
         affine = np.diag([-3.0, -3.0, 3.0, 1.0])
         nib.save(nib.Nifti1Image(hu.astype(np.int16), affine), root / "imagesTr" / f"c{index}_0000.nii.gz")
         nib.save(nib.Nifti1Image(label, affine), root / "labelsTr" / f"c{index}.nii.gz")
+        if index < 5:
+            organs = np.where(label, Organ.LIVER, Organ.SPLEEN).astype(np.uint8)
+            nib.save(nib.Nifti1Image(organs, affine), root / "organsTr" / f"c{index}.nii.gz")
     return root
 
 
@@ -65,19 +70,19 @@ def hybrid_settings(folder: Path, out: Path) -> hybrid_training.Settings:
 def test_hybrid_learns_and_resumes(folder, tmp_path) -> None:
     settings = hybrid_settings(folder, tmp_path / "run")
     sampler = StackSampler(prepare(folder, tmp_path / "cache", "axial", "square"), 3, 2, seed=0)
-    image, label = sampler.batch(1)
+    batch = sampler.batch(1)
     run = hybrid_training.start(settings)
     run.budget.spent_s = 30 * 60  # past the warm-up
-    losses = [hybrid_training.train_step(run, image, label) for _ in range(25)]
+    losses = [hybrid_training.train_step(run, batch) for _ in range(25)]
     assert min(losses[-5:]) < 0.8 * losses[0]
     run.save()
     again = hybrid_training.start(settings)
     assert again.step == 25
     assert again.budget.seconds == pytest.approx(run.budget.seconds, abs=5)
     torch.manual_seed(1)
-    following = hybrid_training.train_step(run, image, label)
+    following = hybrid_training.train_step(run, batch)
     torch.manual_seed(1)
-    assert hybrid_training.train_step(again, image, label) == pytest.approx(following, rel=1e-2)
+    assert hybrid_training.train_step(again, batch) == pytest.approx(following, rel=1e-2)
 
 
 def test_unet_refuses_patches_that_vanish(folder, tmp_path) -> None:
@@ -92,7 +97,7 @@ def test_unet_learns(folder, tmp_path) -> None:
     sampler = PatchSampler(prepare_grids(folder, tmp_path / "cache", config), config, seed=0)
     run = unet_training.start(settings)
     run.budget.spent_s = 30 * 60
-    losses = [unet_training.train_step(run, *sampler.batch(2, (32, 32, 32))) for _ in range(30)]
+    losses = [unet_training.train_step(run, sampler.batch(2, (32, 32, 32))) for _ in range(30)]
     assert np.mean(losses[-5:]) < 0.7 * np.mean(losses[:3])
 
 
@@ -130,19 +135,21 @@ def test_cnn_alone_learns_on_crops(folder, tmp_path) -> None:
     run = hybrid_training.start(hybrid_settings(folder, tmp_path / "run"))
     run.budget.spent_s = 30 * 60
     sampler = StackSampler(prepare(folder, tmp_path / "cache", "axial", "square"), 3, 2, seed=0)
-    images, labels = sampler.batch(6, crop=64)
-    assert images.shape == (6, 7, 64, 64)
-    inside = labels.flatten(1).any(1)
+    batch = sampler.batch(6, crop=64)
+    assert batch.image.shape == (6, 7, 64, 64)
+    assert batch.organs.shape == batch.label.shape == (6, 3, 64, 64)
+    inside = batch.label.flatten(1).any(1)
     assert inside.float().mean() > 0.3
-    losses = [hybrid_training.crop_step(run, images, labels) for _ in range(25)]
+    losses = [hybrid_training.crop_step(run, batch) for _ in range(25)]
     assert min(losses[-5:]) < 0.8 * losses[0]
 
 
 def test_stacks_keep_slices_and_labels_together(folder, tmp_path) -> None:
     sampler = StackSampler(prepare(folder, tmp_path, "axial", "square"), 4, 2, seed=3)
-    images, labels = sampler.batch(12)
+    images, labels, organs = sampler.batch(12)
     assert images.shape == (12, 8, 256, 256)
-    assert labels.shape == (12, 4, 256, 256)
+    assert labels.shape == organs.shape == (12, 4, 256, 256)
+    assert set(organs.unique().tolist()) == {Organ.AIR, Organ.LIVER, Organ.SPLEEN, UNKNOWN}
     assert images.min() >= 0
     assert images.max() <= 1
     targets = images[:, 2:6]
@@ -185,6 +192,32 @@ def test_losses_by_hand() -> None:
     present = torch.tensor([[True]])
     wrong = hybrid_loss(sure, torch.tensor([[[10.0, 0.0]]]), torch.ones(1, 1, 2, 2), present)
     assert wrong == pytest.approx(0.1 * 10, abs=1e-3)
+
+
+def test_organ_loss_by_hand() -> None:
+    """A head of zeros is unsure among all organs: log n. Unknown voxels do not count; maps are met at their stride."""
+    heads, network = OrganHeads([2]), torch.nn.Conv3d(1, 2, 1, stride=(1, 2, 2))
+    for parameter in heads.parameters():
+        torch.nn.init.zeros_(parameter)
+    with torch.no_grad():
+        heads.heads[0].bias[Organ.LIVER] = 3.0
+    heads.watch([network])
+    organs = torch.full((1, 2, 4, 4), UNKNOWN, dtype=torch.uint8)
+    organs[:, :, 1::2, 1::2] = Organ.LIVER
+    organs[0, 0, 1, 1] = UNKNOWN
+    network(torch.zeros(1, 1, 2, 4, 4))
+    expected = np.log(len(Organ) - 1 + np.exp(3)) - 3
+    assert heads.loss(organs).item() == pytest.approx(WEIGHT * expected, rel=1e-6)
+    network(torch.zeros(1, 1, 2, 4, 4))
+    assert heads.loss(torch.full_like(organs, UNKNOWN)).item() == 0
+    network.eval()
+    network(torch.zeros(1, 1, 2, 4, 4))
+    assert not heads._seen
+
+
+def test_organs_are_known_or_said_not_to_be(folder) -> None:
+    assert set(np.unique(load_case(folder, "c1").organs)) == {Organ.LIVER, Organ.SPLEEN}
+    assert set(np.unique(load_case(folder, "c5").organs)) == {UNKNOWN}
 
 
 def test_budget_anneals_by_time() -> None:

@@ -1,0 +1,53 @@
+"""Organs as a second task while training: phantoms know the organ of every voxel.
+
+Lesions are one voxel in hundreds and teach a network little a step; to tell organs apart is taught by every voxel, and
+most of what a lesion is not. Linear heads look at maps within the network; they do not ship.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from training.anatomy import Organ
+
+UNKNOWN = 255
+WEIGHT = 0.5  # of the organs' cross-entropy in the loss
+
+
+class OrganHeads(nn.Module):
+    """One linear classifier for each watched map of a network."""
+
+    def __init__(self, widths: Sequence[int]) -> None:
+        super().__init__()
+        self.heads = nn.ModuleList(nn.Linear(width, len(Organ)) for width in widths)
+        self._seen: dict[int, Tensor] = {}
+
+    def watch(self, modules: Sequence[nn.Module]) -> None:
+        """Keep what these modules give in each training step, (N, width, d, h, w) or (N·d, width, h, w)."""
+        for index, module in enumerate(modules):
+            module.register_forward_hook(partial(self._keep, index))
+
+    def _keep(self, index: int, module: nn.Module, _: object, output: Tensor) -> None:
+        if module.training:
+            self._seen[index] = output
+
+    def loss(self, organs: Tensor) -> Tensor:
+        """Weighted cross-entropy, averaged over the maps of the last forward pass, which are let go.
+
+        organs: uint8 (N, D, H, W); maps are coarser by whole numbers. Voxels of `UNKNOWN` do not count.
+        """
+        losses = [self._cross_entropy(index, seen, organs) for index, seen in self._seen.items()]
+        self._seen.clear()
+        return WEIGHT * sum(losses, start=organs.new_zeros((), dtype=losses[0].dtype)) / len(losses)
+
+    def _cross_entropy(self, index: int, seen: Tensor, organs: Tensor) -> Tensor:
+        depth = organs.shape[1] // seen.shape[2] if seen.ndim == 5 else 1
+        rows, columns = (organs.shape[axis] // seen.shape[axis] for axis in (-2, -1))
+        target = organs[:, depth // 2 :: depth, rows // 2 :: rows, columns // 2 :: columns].flatten().long()
+        logits = self.heads[index](seen.movedim(1, -1).flatten(0, -2)).float()
+        total = F.cross_entropy(logits, target, ignore_index=UNKNOWN, reduction="sum")
+        return total / (target != UNKNOWN).sum().clamp(min=1)
