@@ -73,7 +73,9 @@ def test_grids_are_compared_by_their_corners(tmp_path: Path) -> None:
     turned[:, 1] *= -1  # the last of 21 rows lies 2 · 20 · √(0.8² + 0.2²) mm away
     other = read_mask(write(tmp_path / "turned.nii.gz", np.zeros(shape, np.uint8), turned))
     assert grid_distance_mm(turned, AFFINE, shape) == pytest.approx(40 * np.hypot(0.8, 0.2))
-    with pytest.raises(ValueError, match=r"turned\.nii\.gz: its grid differs from that of .*r\.nii\.gz by up to 32\.98"):
+    with pytest.raises(
+        ValueError, match=r"turned\.nii\.gz: its grid differs from that of .*r\.nii\.gz by up to 32\.98"
+    ):
         check_same_grid(other, reference)
     check_same_shape(other, reference)
     small = read_mask(write(tmp_path / "small.nii.gz", np.zeros((11, 21, 30), np.uint8)))

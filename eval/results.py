@@ -1,0 +1,103 @@
+"""Finding and reading what `accuracy` and `efficiency` wrote, for the commands that build on both."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from .cases import case_of, read_json, read_table
+
+ACCURACY, EFFICIENCY = "accuracy", "efficiency"
+DONE = "done"
+_ACCURACY_KEYS = ("predictions", "references", "tolerance_mm", "date", "summary", "missing", "errors", "cases")
+_EFFICIENCY_KEYS = (
+    *("name", "inputs", "date", "machine", "gpu", "period_s", "timeout_s"),
+    *("memory_limit_mib", "time_limit_s", "cases"),
+)
+
+
+def check_folder(folder: Path) -> None:
+    """ValueError where there is no such folder, or nothing in it."""
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: no such folder: name one that accuracy or efficiency wrote")
+    if not any(folder.iterdir()):
+        raise ValueError(f"{folder}: is empty: let accuracy or efficiency write into it with --out")
+
+
+def find(folder: Path, subfolder: str, pattern: str) -> Path | None:
+    """The one file of this pattern in `folder`, or else in `folder`/`subfolder`; ValueError where there are several."""
+    for place in (folder, folder / subfolder):
+        found = sorted(place.glob(pattern))
+        if len(found) > 1:
+            names = ", ".join(path.name for path in found)
+            raise ValueError(f"{place}: holds several tables of one kind ({names}): keep one of them")
+        if found:
+            return found[0]
+    return None
+
+
+def read_accuracy(folder: Path) -> dict[str, Any] | None:
+    """accuracy.json of a folder, None where it has none."""
+    return _read(find(folder, ACCURACY, "accuracy.json"), _ACCURACY_KEYS, ACCURACY)
+
+
+def read_efficiency(folder: Path) -> dict[str, Any] | None:
+    """efficiency.json of a folder, None where it has none."""
+    return _read(find(folder, EFFICIENCY, "efficiency.json"), _EFFICIENCY_KEYS, EFFICIENCY)
+
+
+def _read(path: Path | None, keys: Iterable[str], command: str) -> dict[str, Any] | None:
+    if path is None:
+        return None
+    values = read_json(path)
+    if not isinstance(values, dict) or not set(keys) <= set(values):
+        raise ValueError(f"{path}: is not what `python -m eval {command}` writes: make it again")
+    return values
+
+
+def has_mask(measured: dict[str, Any]) -> bool:
+    """Whether a case of efficiency.json ended with a mask; the official scripts ignore the container's exit code."""
+    return measured["status"] == DONE or measured.get("mask_s") is not None
+
+
+def without_mask(accuracy: dict[str, Any] | None, efficiency: dict[str, Any] | None) -> set[str]:
+    """Cases that are known to have no mask."""
+    missing = {case_of(name) for name in accuracy["missing"]} if accuracy else set()
+    for case in efficiency["cases"] if efficiency else ():
+        if not has_mask(case):
+            missing.add(case["case"])
+    return missing
+
+
+def read_column(path: Path, column: str, highest: float = math.inf) -> dict[str, float]:
+    """One column of a table by case; an empty field leaves its case out.
+
+    ValueError where the column is not there, a case is there twice, or a value is no number from 0 to `highest`.
+    """
+    values: dict[str, float] = {}
+    seen: set[str] = set()
+    for row in read_table(path):
+        if row.get("Name") is None or row.get(column) is None:
+            raise ValueError(f"{path}: has no full columns Name and {column}: make the table again")
+        case, field = case_of(row["Name"]), row[column].strip()
+        if case in seen:
+            raise ValueError(f"{path}: names the case {case} twice: keep one of the rows")
+        seen.add(case)
+        if field:
+            values[case] = _number(field, path, case, column, highest)
+    if not seen:
+        raise ValueError(f"{path}: holds no case: make the table again")
+    return values
+
+
+def _number(field: str, path: Path, case: str, column: str, highest: float) -> float:
+    try:
+        value = float(field)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value <= highest or math.isinf(value):
+        wanted = "0 or more" if math.isinf(highest) else f"from 0 to {highest:g}"
+        raise ValueError(f"{path}: {column} of {case} is {field}: it must be a number, {wanted}")
+    return value
