@@ -15,8 +15,9 @@ LABEL org.opencontainers.image.title="samcancer" \
 WORKDIR /workspace
 
 # The slow layer first: it stays as it is while code and weights change. pip compiles what it installs, so no start pays for that.
+# The pins decide alone: constraints that the builder's pip may be set up with name files that are not there in a build.
 COPY requirements.txt ./
-RUN pip install --no-cache-dir --disable-pip-version-check --root-user-action=ignore -r requirements.txt
+RUN PIP_CONSTRAINT=/dev/null pip install --no-cache-dir --disable-pip-version-check --root-user-action=ignore -r requirements.txt
 
 COPY weights/ weights/
 COPY inference/ inference/

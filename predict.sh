@@ -3,5 +3,6 @@
 # The caller's folder stays the current one, so that relative paths mean what the caller typed.
 # -P keeps that folder off Python's path: an `inference/` that happens to lie there is not ours.
 here=$(CDPATH='' cd -- "$(dirname -- "$0")" && pwd) || exit 1
+if [ -d "$here/.venv/bin" ]; then PATH="$here/.venv/bin:$PATH"; fi
 export PYTHONPATH="$here${PYTHONPATH:+:$PYTHONPATH}"
 exec python -P -m inference "$@"

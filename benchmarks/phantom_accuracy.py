@@ -18,9 +18,11 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from inference.pipeline import Pipeline
+from benchmarks.demo import read_mask
+from inference.fusion import SliceSource, fuse
+from inference.pipeline import Pipeline, voxel_volume_ml
 from inference.weights import MANIFEST, find_weights
-from training.calibration import Operating, predict
+from training.calibration import Operating, dice
 from training.data import load_case
 from training.phantom import PHANTOM_VERSION, Scanner, make_phantom, write_flare
 
@@ -38,26 +40,44 @@ def scanner(seed: int) -> Scanner:
 
 
 def operating_points(manifest: dict[str, Any]) -> dict[str, Operating]:
-    """The calibrated thresholds of each network by itself, and of both fused: those that the program uses."""
+    """The calibrated thresholds of each network by itself."""
     alone = manifest["training"]["calibration"]
-    sources = {"hybrid": alone["hybrid"], "unet": alone["unet"], "fused": manifest}
-    return {network: Operating.from_manifest(values) for network, values in sources.items()}
+    return {network: Operating.from_manifest(alone[network]) for network in ("hybrid", "unet")}
 
 
-def judge(pipeline: Pipeline, operating: dict[str, Operating], seed: int, folder: Path) -> dict[str, Any]:
-    """Dice of hybrid, UNet and fused mask on one phantom, written as a file and read back."""
+class Recorder(Pipeline):
+    """The program's own pipeline, which also keeps what each network said."""
+
+    def predict_hybrid(self, *arguments: Any) -> tuple[SliceSource, float]:
+        self.hybrid_said = super().predict_hybrid(*arguments)
+        return self.hybrid_said
+
+    def predict_unet(self, *arguments: Any) -> SliceSource:
+        self.unet_said = super().predict_unet(*arguments)
+        return self.unet_said
+
+
+def judge(pipeline: Recorder, operating: dict[str, Operating], seed: int, folder: Path) -> dict[str, Any]:
+    """Dice on one phantom: of the mask that the program writes, and of each network alone."""
     phantom = make_phantom(seed, healthy=seed < FIRST_SEED + HEALTHY, scanner=scanner(seed))
     write_flare(phantom, folder, NAME)
-    case = load_case(folder, NAME)
-    predicted = predict(pipeline, case)
+    report = pipeline.run(folder / "imagesTr" / f"{NAME}_0000.nii.gz", folder)
+    scores = {"fused": dice(read_mask(folder / f"{NAME}.nii.gz"), phantom.lesions)}
+    case, (hybrid, score) = load_case(folder, NAME), pipeline.hybrid_said
+    for network, point in operating.items():
+        speaking = point.speaking(network, hybrid, pipeline.unet_said, score)
+        mask = fuse(*speaking, case.label.shape, voxel_volume_ml(case.spacing_mm), point.fusion)
+        scores[network] = dice(mask, case.label)
     return {
         "seed": seed,
         "healthy": phantom.healthy,
         "type": phantom.lesion_type,
-        "ml": round(float(case.label.sum() * predicted.voxel_ml), 2),
+        "ml": round(float(phantom.lesions.sum()) * voxel_volume_ml(phantom.spacing_mm), 2),
+        "found_ml": round(report.volume_ml, 2),
         "size": list(phantom.hu.shape),
-        "scan_score": round(predicted.score, 3),
-        "dice": {network: round(predicted.dice(point, network), 4) for network, point in operating.items()},
+        "scan_score": round(score, 3),
+        "seconds": report.seconds,
+        "dice": {network: round(value, 4) for network, value in scores.items()},
     }
 
 
@@ -78,7 +98,7 @@ def main() -> None:
     parser.add_argument("--weights", default="small", help="name under weights/, or a folder")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/phantoms.json"), help="JSON to write")
     options = parser.parse_args()
-    pipeline = Pipeline(find_weights(options.weights))
+    pipeline = Recorder(find_weights(options.weights))
     operating = operating_points(json.loads((pipeline.manifest.folder / MANIFEST).read_text()))
     with tempfile.TemporaryDirectory() as folder:
         seeds = tqdm(range(FIRST_SEED, FIRST_SEED + COUNT), unit="scan")

@@ -8,6 +8,7 @@ Exit code 0: all done; 1: some case failed (one line each on stderr, the others 
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import logging
 import sys
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from .volume import SCAN_SUFFIXES, case_name, is_scan
+from .volume import SCAN_SUFFIXES, case_name, is_scan, output_names
 
 if TYPE_CHECKING:
     from .pipeline import Pipeline, Report
@@ -36,38 +37,65 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("outputs", nargs="?", type=Path, default=Path("/workspace/outputs"), help="folder for masks")
     parser.add_argument("--weights", default="small", help="name under weights/, or a folder with a manifest.json")
     parser.add_argument("--device", default="auto", help="auto (the default), cpu, cuda or cuda:N")
-    parser.add_argument("--gpu-memory-mib", type=int, default=4096, help="of the GPU, in all; default %(default)s")
+    parser.add_argument("--gpu-memory-mib", type=positive, default=4096, help="of the GPU, in all; default %(default)s")
     parser.add_argument("--skip-existing", action="store_true", help="leave cases alone that have a mask already")
     parser.add_argument("--save-probabilities", action="store_true", help="write X_probability.nii.gz beside the masks")
     parser.add_argument("--report", type=Path, help="write what was found and how long it took as JSON to this file")
     return parser.parse_args(arguments)
 
 
+def positive(text: str) -> int:
+    """A whole number above 0, for argparse."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is no whole number above 0")
+    return int(text)
+
+
 def find_scans(inputs: Path) -> list[Path]:
     """The scans to segment, sorted. UsageError where there is none, or where two would write the same mask."""
-    if inputs.is_file():
-        return [inputs]
-    if not inputs.is_dir():
-        raise UsageError(f"{inputs}: no such folder: name the folder with the CT scans, or one scan")
-    scans = sorted(path for path in inputs.iterdir() if is_scan(path))
+    try:
+        if inputs.is_file():
+            return [inputs]
+        if not inputs.is_dir():
+            raise UsageError(f"{inputs}: no such folder: name the folder with the CT scans, or one scan")
+        scans = sorted(path for path in inputs.iterdir() if is_scan(path))
+    except OSError as error:
+        raise UsageError(f"{inputs}: cannot be read ({error.strerror}): give this user access to it") from error
     if not scans:
         raise UsageError(f"{inputs}: holds no scan: put X_0000.nii.gz there ({', '.join(SCAN_SUFFIXES)} are read)")
-    seen: dict[str, Path] = {}
-    for path in scans:
-        other = seen.setdefault(case_name(path), path)
-        if other != path:
-            raise UsageError(f"{path}: would write the same mask as {other.name}: rename one of them")
     return scans
 
 
-def check_outputs(outputs: Path) -> None:
+def clashes(scans: list[Path], outputs: Path) -> dict[Path, str]:
+    """Scans whose output would replace a scan, or the output of a scan before them, with the sentence that says so."""
+    taken: dict[Path, Path] = {scan.resolve(): scan for scan in scans}
+    found = {}
+    for scan in scans:
+        written = [(outputs / name).resolve() for name in output_names(case_name(scan))]
+        clash = next((path for path in written if path in taken), None)
+        if clash is None:
+            taken |= dict.fromkeys(written, scan)
+            continue
+        other = taken[clash]
+        what = "replace the scan" if other.resolve() == clash else "write the same mask as"
+        found[scan] = f"{scan}: would {what} {other.name}: rename one of them, or give another folder for outputs"
+    return found
+
+
+def check_writable(folder: Path) -> None:
     """Make the folder and try it, before any work."""
     try:
-        outputs.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=outputs):
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise UsageError(f"{outputs}: cannot be written ({error.strerror}): give a folder with write access") from error
+        raise UsageError(f"{folder}: cannot be written ({error.strerror}): give a folder with write access") from error
+
+
+def check_report(path: Path) -> None:
+    check_writable(path.parent)
+    if path.is_dir():
+        raise UsageError(f"--report {path}: is a folder: name a file in it")
 
 
 def choose_device(wanted: str) -> str:
@@ -94,8 +122,6 @@ class Run:
     reports: list[Report] = field(default_factory=list)
 
     def case(self, source: Path) -> None:
-        from .pipeline import Report
-
         with tqdm(desc=case_name(source), leave=False, disable=None) as bar:
 
             def progress(stage: str, done: int, total: int) -> None:
@@ -104,11 +130,18 @@ class Run:
                 bar.refresh()
 
             try:
-                report = self.pipeline.run(source, self.outputs, self.save_probabilities, progress)
-            except (ValueError, OSError, RuntimeError, MemoryError) as error:
-                report = Report(case_name(source), source.name, error=one_line(source, error))
+                self.add(self.pipeline.run(source, self.outputs, self.save_probabilities, progress))
+            except Exception as error:  # whatever it is, it costs this case only; ONNX Runtime's have no common class
+                self.fail(source, one_line(source, error))
+
+    def add(self, report: Report) -> None:
         self.reports.append(report)
         print(report.error or report, file=sys.stderr if report.error else sys.stdout, flush=True)
+
+    def fail(self, source: Path, sentence: str) -> None:
+        from .pipeline import Report
+
+        self.add(Report(case_name(source), source.name, error=sentence))
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -119,18 +152,22 @@ class Run:
 
 
 def one_line(source: Path, error: BaseException) -> str:
-    """One sentence that names the file."""
+    """One sentence that names the file and the mend."""
     if isinstance(error, MemoryError):
         return f"{source}: not enough memory: give the container more, or crop the scan"
-    first = next(iter(str(error).splitlines()), type(error).__name__)
-    return first if source.name in first else f"{source}: {first}"
+    said = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    first = next(iter(said.splitlines()), type(error).__name__)
+    return first if ": " in first and source.name in first else f"{source}: failed ({first}): try --device cpu"
 
 
 def run(options: argparse.Namespace) -> int:
     scans = find_scans(options.inputs)
-    check_outputs(options.outputs)
+    check_writable(options.outputs)
+    if options.report:
+        check_report(options.report)
+    refused = clashes(scans, options.outputs)
     if options.skip_existing:
-        scans = [path for path in scans if not (options.outputs / f"{case_name(path)}.nii.gz").exists()]
+        scans = [path for path in scans if not (options.outputs / output_names(case_name(path))[0]).exists()]
     from .pipeline import Pipeline  # torch and ONNX Runtime: not needed to refuse
     from .weights import find_weights
 
@@ -141,7 +178,10 @@ def run(options: argparse.Namespace) -> int:
         raise UsageError(str(error)) from error
     done = Run(pipeline, options.outputs, options.save_probabilities)
     for source in tqdm(scans, unit="case", disable=None if len(scans) > 1 else True):
-        done.case(source)
+        if source in refused:
+            done.fail(source, refused[source])
+        else:
+            done.case(source)
     if options.report:
         options.report.write_text(json.dumps(done.to_dict(), indent=2) + "\n")
     return FAILED if any(report.error for report in done.reports) else DONE
@@ -149,6 +189,9 @@ def run(options: argparse.Namespace) -> int:
 
 def main() -> int:
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    for stream in (sys.stdout, sys.stderr):  # a terminal that knows no × must not cost a case
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     try:
         return run(parse(sys.argv[1:]))
     except UsageError as error:

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +17,19 @@ import torch
 from numpy.typing import NDArray
 
 from .fusion import SliceSource, fuse, mean_probability
-from .hybrid.predict import MAX_TARGETS, SlicePredictions, predict_slices, targets_for
+from .hybrid.model import Hybrid
+from .hybrid.predict import CONTEXT_MIB, MAX_TARGETS, SlicePredictions, predict_slices, targets_for
 from .slices import SliceGrid
 from .unet import UNet
-from .volume import Volume, case_name, read_volume, write_mask, write_probability
+from .volume import Volume, case_name, output_names, read_volume, write_mask, write_probability
 from .weights import Manifest, load_hybrid, read_manifest
 
 logger = logging.getLogger(__name__)
 
 PRESENCE_SLICES = 3  # a scan's score averages so many neighbouring slices
 Progress = Callable[[str, int, int], object]  # stage, done, total
+StageProgress = Callable[[int, int], object]
+Spacing = tuple[float, float, float]
 
 
 def scan_score(presence: NDArray[np.float32]) -> float:
@@ -44,7 +48,7 @@ class Report:
     case: str
     input: str
     size: tuple[int, int, int] = (0, 0, 0)
-    spacing_mm: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    spacing_mm: Spacing = (0.0, 0.0, 0.0)
     seconds: dict[str, float] = field(default_factory=dict)
     scan_score: float = 0.0
     healthy: bool = False
@@ -77,13 +81,23 @@ class Pipeline:
         self.manifest: Manifest = read_manifest(weights)
         self.device = device
         self.hybrid = load_hybrid(self.manifest)
-        self.targets = MAX_TARGETS
+        self.targets, share_mib = MAX_TARGETS, 0
         if device != "cpu":
-            self.targets = targets_for(self.hybrid, gpu_memory_mib)
+            # after the context each network gets half: both keep what they took until the process ends
+            share_mib = max(1, (gpu_memory_mib - CONTEXT_MIB) // 2)
+            self.targets = targets_for(self.hybrid, share_mib)
             total = torch.cuda.get_device_properties(device).total_memory
-            torch.cuda.set_per_process_memory_fraction(min(1.0, gpu_memory_mib * 2**20 / total), device)
-            self.hybrid = self.hybrid.half().to(device)
-        self.unet = UNet(self.manifest.read("unet"), self.manifest.unet, device)
+            torch.cuda.set_per_process_memory_fraction(min(1.0, share_mib * 2**20 / total), device)
+            self.hybrid = self._on_device()
+        self.unet = UNet(self.manifest.read("unet"), self.manifest.unet, device, share_mib)
+
+    def _on_device(self) -> Hybrid:
+        """The hybrid in float16 on the device, or as it is where the device has no room."""
+        try:
+            return self.hybrid.half().to(self.device)
+        except RuntimeError as error:  # torch's own out-of-memory, and whatever else CUDA says of a busy device
+            logger.warning("%s cannot take the hybrid network (%s): it runs on the CPU", self.device, first_line(error))
+            return self.hybrid.cpu().float()
 
     def run(
         self,
@@ -97,45 +111,49 @@ class Pipeline:
         with report.stage("read"):
             volume = read_volume(source)
         report.size, report.spacing_mm = volume.geometry.shape, volume.spacing_mm
-        hybrid = self._hybrid_source(volume, report, progress)
-        unet = self._unet_source(volume, report, progress)
+        with report.stage("hybrid"):
+            hybrid, report.scan_score = self.predict_hybrid(volume.body, volume.spacing_mm, partial(progress, "hybrid"))
+        report.healthy = report.scan_score < self.manifest.gate.scan_threshold
+        unet = None
+        if not (report.healthy and self.manifest.gate.skip_unet):
+            with report.stage("unet"):
+                unet = self.predict_unet(volume.body, volume.spacing_mm, partial(progress, "unet"))
+        said = None if report.healthy else hybrid
         with report.stage("fuse"):
-            body = fuse(hybrid, unet, volume.body.shape, voxel_ml(volume), self.manifest.fusion)
+            voxel_ml = voxel_volume_ml(volume.spacing_mm)
+            body = fuse(said, unet, volume.body.shape, voxel_ml, self.manifest.fusion)
             mask = np.zeros(volume.hu.shape, np.uint8)
             mask[volume.box] = body
             report.lesions = int(cc3d.connected_components(body, connectivity=26, return_N=True)[1])
-            report.volume_ml = float(body.sum(dtype=np.int64) * voxel_ml(volume))
+            report.volume_ml = float(body.sum(dtype=np.int64) * voxel_ml)
         with report.stage("write"):
+            mask_name, probability_name = output_names(report.case)
+            write_mask(mask, volume.geometry, outputs / mask_name)
             if save_probabilities:
-                probability = self._probability(volume, hybrid, unet)
-                write_probability(probability, volume.geometry, outputs / f"{report.case}_probability.nii.gz")
-            write_mask(mask, volume.geometry, outputs / f"{report.case}.nii.gz")
+                probability = self._probability(volume, said, unet)
+                write_probability(probability, volume.geometry, outputs / probability_name)
         return report
 
-    def _hybrid_source(self, volume: Volume, report: Report, progress: Progress) -> SliceSource | None:
-        """The hybrid's probability a slice of the body, or None where the scan is judged healthy."""
-        manifest = self.manifest
-        grid = SliceGrid(volume.body.shape, volume.spacing_mm, manifest.plane, manifest.resize)
-        done = 0
+    def predict_hybrid(
+        self, hu: NDArray[np.int16], spacing_mm: Spacing, progress: StageProgress = lambda *_: None
+    ) -> tuple[SliceSource, float]:
+        """The hybrid's probability slice by slice of a body (z, y, x) of HU, and the scan's score."""
+        manifest, done = self.manifest, 0
+        grid = SliceGrid(hu.shape, spacing_mm, manifest.plane, manifest.resize)
 
         def advance(count: int) -> None:
             nonlocal done
             done += count
-            progress("hybrid", done, len(grid))
+            progress(done, len(grid))
 
-        with report.stage("hybrid"):
-            predictions = predict_slices(self.hybrid, grid, volume.body, manifest.window_hu, self.targets, advance)
-        report.scan_score = scan_score(predictions.presence)
-        report.healthy = report.scan_score < manifest.gate.scan_threshold
-        return None if report.healthy else slice_source(predictions, grid)
+        predictions = predict_slices(self.hybrid, grid, hu, manifest.window_hu, self.targets, advance)
+        return slice_source(predictions, grid), scan_score(predictions.presence)
 
-    def _unet_source(self, volume: Volume, report: Report, progress: Progress) -> SliceSource | None:
-        if report.healthy and self.manifest.gate.skip_unet:
-            return None
-        with report.stage("unet"):
-            return self.unet.probabilities(
-                volume.body, volume.spacing_mm, lambda done, total: progress("unet", done, total)
-            ).slice
+    def predict_unet(
+        self, hu: NDArray[np.int16], spacing_mm: Spacing, progress: StageProgress = lambda *_: None
+    ) -> SliceSource:
+        """The UNet's probability slice by slice of a body (z, y, x) of HU."""
+        return self.unet.probabilities(hu, spacing_mm, progress).slice
 
     def _probability(self, volume: Volume, hybrid: SliceSource | None, unet: SliceSource | None) -> NDArray[np.uint8]:
         """The fused probability on the scan's grid, 0 … 255 for 0 … 1."""
@@ -156,5 +174,9 @@ def slice_source(predictions: SlicePredictions, grid: SliceGrid) -> SliceSource:
     return lambda z: grid.restore_axial(predictions.probability, z)
 
 
-def voxel_ml(volume: Volume) -> float:
-    return float(np.prod(volume.spacing_mm)) / 1000
+def first_line(error: BaseException) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
+
+
+def voxel_volume_ml(spacing_mm: Spacing) -> float:
+    return float(np.prod(spacing_mm)) / 1000

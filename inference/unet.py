@@ -148,8 +148,9 @@ class UNet:
     ) -> None:
         """content: of the .onnx file; threads: 0 for one a core that this process may use."""
         self.config = config
+        self.content, self.threads = content, threads or len(os.sched_getaffinity(0))
         try:
-            self.session = open_session(content, device, gpu_memory_mib, threads or len(os.sched_getaffinity(0)))
+            self.session = open_session(content, device, gpu_memory_mib, self.threads)
         except Exception as error:  # ONNX Runtime's own classes are not public
             raise ValueError(f"the UNet's ONNX file cannot be used: {str(error).splitlines()[0]}") from error
 
@@ -186,8 +187,21 @@ class UNet:
             for corner in itertools.product(*starts)
         ]
 
+    def _retreat(self, error: Exception) -> None:
+        """From a device that failed, most often by its memory, to the CPU; ValueError where it was the CPU."""
+        said = str(error).splitlines()[0]
+        if self.session.get_providers()[0] == "CPUExecutionProvider":
+            raise ValueError(f"the UNet's ONNX file cannot be run: {said}: copy the weights again") from error
+        logger.warning("the UNet failed on its device (%s) and goes on without it", said)
+        self.session = open_session(self.content, "cpu", 0, self.threads)
+
     def _run(self, patch_hu: NDArray[np.float32]) -> NDArray[np.float32]:
-        probability = self.session.run(None, {"image": channels(patch_hu, self.config)[None]})[0][0, 0]
+        image = {"image": channels(patch_hu, self.config)[None]}
+        try:
+            probability = self.session.run(None, image)[0][0, 0]
+        except Exception as error:  # ONNX Runtime's own classes are not public
+            self._retreat(error)
+            probability = self.session.run(None, image)[0][0, 0]
         if not np.isfinite(probability).all():
             raise ValueError("the UNet gave values that are not finite: run it with --device cpu")
         return probability

@@ -12,6 +12,7 @@ import gzip
 import io
 import itertools
 import os
+import sys
 import tempfile
 import zlib
 from collections.abc import Iterator
@@ -37,6 +38,9 @@ SCAN_SUFFIXES = (*NIFTI_SUFFIXES, ".mha", ".nrrd")
 CHANNEL_SUFFIX = "_0000"
 LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0])
 SINGULAR = 1e-4  # of the volume of the unit cell over the product of its edges
+SPATIAL_UNIT = 0b111  # the bits of NIfTI's xyzt_units that say metres, millimetres or microns
+UNIT_MM = {1: 1000.0, 3: 0.001}  # metres and microns; all else counts as mm, as in ITK
+LARGEST_FIELD_MM = 5000.0  # a longer side is a wrong spacing, whose resampled grid would not fit any memory
 
 
 @dataclass(frozen=True)
@@ -95,6 +99,11 @@ def case_name(path: Path) -> str:
     return path.name[: len(path.name) - len(suffix)].removesuffix(CHANNEL_SUFFIX)
 
 
+def output_names(case: str) -> tuple[str, str]:
+    """File names of a case's mask and probability."""
+    return f"{case}.nii.gz", f"{case}_probability.nii.gz"
+
+
 def read_volume(path: Path) -> Volume:
     """Read a CT scan of HU. ValueError with one sentence that names the file and the mend."""
     array, geometry = _read(path)
@@ -129,7 +138,7 @@ def _read(path: Path) -> tuple[Any, Geometry]:
 def _read_nifti(path: Path) -> tuple[Any, Geometry]:
     content = _content(path)
     if content[MAGIC] != b"n+1\0":
-        raise ValueError(f"{path}: not a NIfTI-1 image: convert it to .nii.gz")
+        raise ValueError(f"{path}: holds no NIfTI-1 image: export the scan again as NIfTI-1")
     try:
         # the bare header, without extensions: they may hold private text and sizes that lie;
         # unchecked, since nibabel would silently mend zero and negative spacings
@@ -138,10 +147,14 @@ def _read_nifti(path: Path) -> tuple[Any, Geometry]:
         geometry = _geometry(path, header, shape)
         slope, offset = header.get_slope_inter()
         data_type = header.get_data_dtype()
-        start, size = int(header["vox_offset"]), int(np.prod(shape)) * data_type.itemsize
-    except (HeaderDataError, ImageFileError, KeyError, OverflowError) as error:
+        # some writers leave 0; no voxel can lie within the header
+        start = max(int(header["vox_offset"]), header.single_vox_offset)
+        size = int(np.prod(shape)) * data_type.itemsize
+    except (HeaderDataError, ImageFileError, KeyError, OverflowError, ValueError) as error:
+        if str(path) in str(error):
+            raise
         raise ValueError(f"{path}: its header cannot be read ({error}): export the scan again") from error
-    if len(content) < start + size or start < 0:
+    if len(content) < start + size:
         raise ValueError(f"{path}: ends before its last voxel: copy it again")
     array = np.frombuffer(content, data_type, int(np.prod(shape)), start).reshape(shape, order="F")
     return _Scaled(array, 1.0 if slope is None else float(slope), float(offset or 0.0)), geometry
@@ -161,6 +174,8 @@ def _content(path: Path) -> bytes:
 
 
 def _checked_shape(path: Path, header: nib.Nifti1Header) -> tuple[int, int, int]:
+    if int(header["datatype"]) == 0:
+        raise ValueError(f"{path}: its header names no type of voxels: export the scan again")
     data_type = header.get_data_dtype()
     if data_type.kind not in "iuf":
         raise ValueError(f"{path}: colour or complex voxels are no HU: export the scan as one grey channel")
@@ -197,7 +212,8 @@ class _Scaled:
         slab = self.stored[index]
         if self.slope == 1 and self.offset == 0:
             return slab
-        return slab.astype(np.float32) * np.float32(self.slope) + np.float32(self.offset)
+        with np.errstate(all="ignore"):  # what is not finite afterwards is refused with a sentence
+            return slab.astype(np.float32) * np.float32(self.slope) + np.float32(self.offset)
 
 
 # --- other formats --------------------------------------------------------------------------------------------------
@@ -209,26 +225,50 @@ def _read_itk(path: Path) -> tuple[Any, Geometry]:
     reader = SimpleITK.ImageFileReader()
     reader.SetFileName(str(path))
     try:
-        reader.ReadImageInformation()
+        with _silent_libraries():
+            reader.ReadImageInformation()
         if reader.GetNumberOfComponents() != 1 or "complex" in SimpleITK.GetPixelIDValueAsString(reader.GetPixelID()):
             raise ValueError(f"{path}: colour or complex voxels are no HU: export the scan as one grey channel")
         shape = _three(path, reader.GetSize())
         if len(reader.GetSize()) > 3:
             reader.SetExtractSize([*shape, *[0] * (len(reader.GetSize()) - 3)])
-        image = reader.Execute()
+        with _silent_libraries():
+            image = reader.Execute()
+        header = _itk_header(image)
     except RuntimeError as error:
-        raise ValueError(f"{path}: cannot be read as an image: export the scan again") from error
-    direction = np.reshape(image.GetDirection(), (3, 3))
+        raise ValueError(f"{path}: cannot be read as an image (data cut short, spacing or direction unusable): "
+                         "export the scan again") from error  # fmt: skip
+    except HeaderDataError as error:
+        raise ValueError(f"{path}: too large for a mask in NIfTI-1 ({error}): crop the scan") from error
+    return _Scaled(SimpleITK.GetArrayFromImage(image).T, 1.0, 0.0), _geometry(path, header, shape)
+
+
+def _itk_header(image: Any) -> nib.Nifti1Header:
+    """The NIfTI header of a 3-D SimpleITK image's grid."""
     affine = np.eye(4)
-    affine[:3, :3] = LPS_TO_RAS @ direction @ np.diag(image.GetSpacing())
+    affine[:3, :3] = LPS_TO_RAS @ np.reshape(image.GetDirection(), (3, 3)) @ np.diag(image.GetSpacing())
     affine[:3, 3] = LPS_TO_RAS @ image.GetOrigin()
     header = nib.Nifti1Header()
-    header.set_data_shape(shape)
+    header.set_data_shape(image.GetSize())
     header.set_zooms(image.GetSpacing())
     header.set_sform(affine, code=1)
     header.set_qform(affine, code=1, strip_shears=True)
     header.set_xyzt_units("mm")
-    return _Scaled(SimpleITK.GetArrayFromImage(image).T, 1.0, 0.0), _geometry(path, header, shape)
+    return header
+
+
+@contextmanager
+def _silent_libraries() -> Iterator[None]:
+    """What C++ libraries print to stderr of a bad file goes nowhere: the error that follows says it in one line."""
+    sys.stderr.flush()
+    saved, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 2)
+        yield
+    finally:
+        os.dup2(saved, 2)
+        os.close(saved)
+        os.close(nowhere)
 
 
 # --- geometry and voxels --------------------------------------------------------------------------------------------
@@ -238,10 +278,13 @@ def _geometry(path: Path, header: nib.Nifti1Header, shape: tuple[int, int, int])
     zooms = np.asarray(header["pixdim"][1:4], float)
     if not np.all(np.isfinite(zooms)) or zooms.min() <= 0:
         raise ValueError(f"{path}: its spacing {tuple(zooms.tolist())} mm is not positive: correct the header")
-    affine = np.asarray(header.get_best_affine(), float)[:3, :3]
+    unit_mm = UNIT_MM.get(int(header["xyzt_units"]) & SPATIAL_UNIT, 1.0)
+    affine = unit_mm * np.asarray(header.get_best_affine(), float)[:3, :3]
     lengths = np.linalg.norm(affine, axis=0)
     if not np.all(np.isfinite(affine)) or abs(np.linalg.det(affine)) <= SINGULAR * np.prod(lengths):
         raise ValueError(f"{path}: its direction is singular: correct the header")
+    if max(lengths * shape) > LARGEST_FIELD_MM:
+        raise ValueError(f"{path}: would be {max(lengths * shape) / 1000:.3g} m long: correct its spacing")
     axes, flips = canonical_axes(affine / lengths)
     spacing = tuple(float(lengths[axis]) for axis in axes)
     z, y, x = (shape[axis] for axis in axes)
@@ -326,8 +369,11 @@ def _write(array: NDArray[np.uint8], geometry: Geometry, path: Path, slope: floa
     no_extensions = b"\0" * (header.single_vox_offset - HEADER_BYTES)
     # the same mask gives the same bytes: no time stamp, no name; level 1 is five times as fast as 9
     content = gzip.compress(header.binaryblock + no_extensions + voxels, compresslevel=1, mtime=0)
-    with _replacing(path) as file:
-        file.write(content)
+    try:
+        with _replacing(path) as file:
+            file.write(content)
+    except OSError as error:
+        raise OSError(error.errno, f"{path}: cannot be written ({error.strerror}): make room or remove it") from error
 
 
 @contextmanager

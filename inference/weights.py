@@ -10,7 +10,7 @@ import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from .fusion import FusionThresholds
 from .hybrid.config import HybridConfig
@@ -90,6 +90,11 @@ def read_manifest(folder: Path) -> Manifest:
 def _parse(folder: Path, values: dict[str, Any]) -> Manifest:
     hybrid, unet = values["hybrid"], values["unet"]
     low, high = hybrid["window_hu"]
+    if not low < high:
+        raise ValueError(f"the window {low} to {high} HU is empty: copy the weights again")
+    for name, known in (("plane", get_args(Plane)), ("resize", get_args(Resize))):
+        if hybrid[name] not in known:
+            raise ValueError(f"{name} {hybrid[name]!r} is none of {', '.join(known)}: copy the weights again")
     return Manifest(
         folder=folder,
         name=values["name"],
@@ -126,7 +131,7 @@ def load_hybrid(manifest: Manifest) -> Hybrid:
         with torch.device("meta"):  # no time is spent on random numbers that are overwritten at once
             model = Hybrid(manifest.hybrid)
         model.load_state_dict({name: value.float() for name, value in state.items()}, assign=True)
-    except (RuntimeError, SafetensorError) as error:
+    except (RuntimeError, TypeError, SafetensorError) as error:
         first_line = str(error).split("\n")[0]
         raise ValueError(f"{manifest.folder}: the hybrid weights do not fit their settings: {first_line}") from error
     return channels_last(model.eval().requires_grad_(False))

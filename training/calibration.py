@@ -19,9 +19,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from inference.fusion import FusionThresholds, SliceSource, fuse
-from inference.hybrid.predict import predict_slices
-from inference.pipeline import Pipeline, scan_score, slice_source
-from inference.slices import SliceGrid
+from inference.pipeline import Pipeline, voxel_volume_ml
 from inference.weights import MANIFEST, Gate
 from training.data import Case, case_names, load_case
 from training.release import write_manifest
@@ -59,6 +57,13 @@ class Operating:
             return replace(self, gate=replace(self.gate, scan_threshold=value))
         return replace(self, fusion=replace(self.fusion, **{name: value}))
 
+    def speaking(
+        self, network: str, hybrid: SliceSource, unet: SliceSource, score: float
+    ) -> tuple[SliceSource | None, SliceSource | None]:
+        """Hybrid and UNet, None where the network or the gate silences them; network: "hybrid", "unet" or "fused"."""
+        silent = network == "unet" or score < self.gate.scan_threshold
+        return None if silent else hybrid, None if network == "hybrid" else unet
+
     @classmethod
     def from_manifest(cls, values: dict[str, Any]) -> Operating:
         return cls(Gate(**values["gate"]), FusionThresholds.from_dict(values["fusion"]))
@@ -74,15 +79,10 @@ class Predicted:
     unet: NDArray[np.float16]
     score: float
 
-    def mask(self, operating: Operating, network: str) -> NDArray[np.uint8]:
-        """network: "hybrid", "unet" or "fused"."""
-        silent = network == "unet" or self.score < operating.gate.scan_threshold
-        hybrid = None if silent else slices_of(self.hybrid)
-        unet = None if network == "hybrid" else slices_of(self.unet)
-        return fuse(hybrid, unet, self.label.shape, self.voxel_ml, operating.fusion)
-
     def dice(self, operating: Operating, network: str) -> float:
-        return dice(self.mask(operating, network), self.label)
+        """network: "hybrid", "unet" or "fused"."""
+        speaking = operating.speaking(network, slices_of(self.hybrid), slices_of(self.unet), self.score)
+        return dice(fuse(*speaking, self.label.shape, self.voxel_ml, operating.fusion), self.label)
 
 
 def slices_of(probability: NDArray[np.float16]) -> SliceSource:
@@ -98,15 +98,12 @@ def dice(mask: NDArray[Any], label: NDArray[Any]) -> float:
 
 def predict(pipeline: Pipeline, case: Case) -> Predicted:
     """Both networks' probabilities, brought to the scan's grid once: the search looks at them hundreds of times."""
-    manifest = pipeline.manifest
-    grid = SliceGrid(case.hu.shape, case.spacing_mm, manifest.plane, manifest.resize)
-    slices = predict_slices(pipeline.hybrid, grid, case.hu, manifest.window_hu, pipeline.targets)
-    unet = pipeline.unet.probabilities(case.hu, case.spacing_mm)
-    hybrid, other = (
+    source, score = pipeline.predict_hybrid(case.hu, case.spacing_mm)
+    hybrid, unet = (
         np.stack([source(z).astype(np.float16) for z in range(len(case.hu))])
-        for source in (slice_source(slices, grid), unet.slice)
+        for source in (source, pipeline.predict_unet(case.hu, case.spacing_mm))
     )
-    return Predicted(case.label, float(np.prod(case.spacing_mm)) / 1000, hybrid, other, scan_score(slices.presence))
+    return Predicted(case.label, voxel_volume_ml(case.spacing_mm), hybrid, unet, score)
 
 
 def calibrate(cases: list[Predicted], network: str) -> tuple[Operating, float]:

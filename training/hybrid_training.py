@@ -21,7 +21,7 @@ from inference.hybrid.model import Hybrid, channels_last
 from inference.slices import Plane, Resize
 from training.hybrid_data import SliceCase, Stacks, StackSampler, prepare
 from training.loop import Common, Run, train
-from training.losses import hybrid_loss, mask_loss
+from training.losses import CLASSIFIER_WEIGHT, hybrid_loss, mask_loss
 from training.organs import OrganHeads
 
 VALIDATION_STACK = 16  # slices
@@ -37,6 +37,7 @@ class Settings(Common):
     crop_share: float = 0.0  # of the budget, at first: the CNN alone on crops around lesions, many times as fast
     crop: int = 96  # pixels a side of those
     crop_stacks: int = 6
+    classifier_weight: float = CLASSIFIER_WEIGHT  # of its cross-entropy; the paper's suits the paper's 80 epochs
 
 
 def start(settings: Settings) -> Run:
@@ -55,7 +56,8 @@ def train_step(run: Run, stacks: Stacks) -> float:
     with torch.autocast(run.device.type, torch.bfloat16):
         output = run.model(image, present)
         organ_loss = run.heads.loss(organs)
-    return run.update(hybrid_loss(output.logits, output.presence, label, present) + organ_loss)
+    weight = cast(Settings, run.settings).classifier_weight
+    return run.update(hybrid_loss(output.logits, output.presence, label, present, weight) + organ_loss)
 
 
 def crop_step(run: Run, stacks: Stacks) -> float:

@@ -25,7 +25,9 @@ def mask_loss(logits: Tensor, target: Tensor) -> Tensor:
     return soft_dice_loss(logits, target) + F.binary_cross_entropy_with_logits(logits, target, pos_weight=weight)
 
 
-def hybrid_loss(logits: Tensor, presence: Tensor, target: Tensor, present: Tensor) -> Tensor:
+def hybrid_loss(
+    logits: Tensor, presence: Tensor, target: Tensor, present: Tensor, classifier_weight: float = CLASSIFIER_WEIGHT
+) -> Tensor:
     """logits, target: (N, S, H, W); presence: logits (N, S, 2); present: (N, S) bool."""
     classifier = F.cross_entropy(presence.float().flatten(0, 1), present.flatten().long())
-    return mask_loss(logits, target) + CLASSIFIER_WEIGHT * classifier
+    return mask_loss(logits, target) + classifier_weight * classifier

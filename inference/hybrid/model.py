@@ -26,7 +26,7 @@ class Hybrid(nn.Module):
     """The definition is windowed: N windows of five slices, each giving its centre slice (D = 5, S = 1).
 
     Where `config.planes_kept` is False, the same call on a stack of S + 4 slices gives exactly what its S windows
-    would give one by one, for about a third of the work: nothing but the two depth-shrinking convolutions looks
+    would give one by one, for 70 % of the multiply-adds: nothing but the two depth-shrinking convolutions looks
     across slices.
     """
 

@@ -30,12 +30,12 @@ class SlicePredictions(NamedTuple):
 
 
 def targets_for(model: Hybrid, memory_mib: int) -> int:
-    """Slices a batch that a device of `memory_mib` holds beside its context and the weights in float16."""
+    """Slices a batch that `memory_mib` of a device hold beside the weights in float16."""
     config = model.config
     planes = config.slices if config.planes_kept else 1
     slice_mib = LIVE_MAPS * config.cnn_width * planes * IMAGE_SIZE**2 * 2 / 2**20
     weights_mib = sum(parameter.numel() for parameter in model.parameters()) * 2 / 2**20
-    return int(np.clip((memory_mib - CONTEXT_MIB - weights_mib) / slice_mib, 1, MAX_TARGETS))
+    return int(np.clip((memory_mib - weights_mib) / slice_mib, 1, MAX_TARGETS))
 
 
 def predict_slices(
@@ -57,16 +57,24 @@ def predict_slices(
     while start < count:
         stop = min(start + targets, count)
         images = torch.from_numpy(grid.cut(hu, start - model.config.radius, stop + model.config.radius, window_hu))
-        try:
-            logits, present = run_stack(model, images)
-        except torch.OutOfMemoryError:
+        result = _try_stack(model, images)
+        if result is None:
             model, targets = _retreat(model, targets)
             continue
+        logits, present = result
         probability[start:stop] = logits.sigmoid().half().numpy()
         presence[start:stop] = present.numpy()
         progress(stop - start)
         start = stop
     return SlicePredictions(probability, presence)
+
+
+def _try_stack(model: Hybrid, images: Tensor) -> tuple[Tensor, Tensor] | None:
+    """`run_stack`, or None where the device runs out of memory; by then nothing holds what had been computed."""
+    try:
+        return run_stack(model, images)
+    except torch.OutOfMemoryError:
+        return None
 
 
 @torch.inference_mode()
@@ -93,4 +101,4 @@ def _retreat(model: Hybrid, targets: int) -> tuple[Hybrid, int]:
         logger.warning("out of device memory: %d instead of %d slices a batch", targets // 2, targets)
         return model, targets // 2
     logger.warning("out of device memory with one slice: the hybrid network goes on without the GPU")
-    return model.float().cpu(), MAX_TARGETS
+    return model.cpu().float(), MAX_TARGETS

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import SimpleITK
 
+from inference.__main__ import Run
 from inference.pipeline import Pipeline, scan_score
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -109,16 +110,61 @@ def test_outputs_that_cannot_be_written_are_told_before_any_work(inputs: Path, t
     assert len(done.stderr.splitlines()) == 1
 
 
-def test_two_scans_of_one_name_are_told(inputs: Path, tmp_path: Path) -> None:
-    write_scan(inputs / "a.nii.gz")
-    done = predict(inputs, tmp_path / "out")
-    assert done.returncode == 2
-    assert "would write the same mask as a.nii.gz" in done.stderr
+def test_two_scans_of_one_name_cost_the_second_only(inputs: Path, random_weights: Path, tmp_path: Path) -> None:
+    write_scan(inputs / "a.nii.gz", seed=1)
+    write_scan(inputs / "b.nii.gz")
+    done = predict(inputs, tmp_path / "out", "--weights", random_weights)
+    assert done.returncode == 1
+    assert names(tmp_path / "out") == ["a.nii.gz", "b.nii.gz"]
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(f"{inputs / 'a_0000.nii.gz'}: would write the same mask as a.nii.gz: rename") or (
+        line.startswith(f"{inputs / 'a.nii.gz'}: would write the same mask as a_0000.nii.gz: rename")
+    )
+
+
+def test_a_scan_is_never_replaced_by_a_mask(inputs: Path, random_weights: Path) -> None:
+    write_scan(inputs / "b.nii.gz")
+    before = (inputs / "b.nii.gz").read_bytes()
+    done = predict(inputs, inputs, "--weights", random_weights)
+    assert done.returncode == 1
+    assert (inputs / "b.nii.gz").read_bytes() == before
+    assert f"{inputs / 'b.nii.gz'}: would replace the scan b.nii.gz" in done.stderr
+    assert names(inputs) == ["a.nii.gz", "a_0000.nii.gz", "b.nii.gz"]
+
+
+def test_a_report_that_cannot_be_written_is_told_before_any_work(inputs: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    for report, words in ((tmp_path / "file" / "r.json", "file: cannot be written"), (tmp_path, "is a folder")):
+        done = predict(inputs, tmp_path / "out", "--report", report)
+        assert (done.returncode, done.stdout) == (2, "")
+        assert words in done.stderr
+        assert len(done.stderr.splitlines()) == 1
+
+
+def test_any_failure_costs_its_own_case_only(inputs: Path, random_weights: Path, tmp_path: Path, capsys) -> None:
+    """Errors of libraries that share no class with ours, and a mask's name that a folder holds."""
+    write_scan(inputs / "b_0000.nii.gz")
+    (tmp_path / "out" / "a.nii.gz").mkdir(parents=True)
+    run = Run(Pipeline(random_weights), tmp_path / "out", save_probabilities=True)
+    run.case(inputs / "a_0000.nii.gz")
+    run.pipeline.unet.session = None  # type: ignore[assignment]
+    run.case(inputs / "b_0000.nii.gz")
+    written, failed = capsys.readouterr().err.splitlines()
+    assert "out/a.nii.gz: cannot be written (" in written
+    assert str(inputs / "b_0000.nii.gz") in failed
+    assert names(tmp_path / "out") == ["a.nii.gz"]
+    assert all(report.error for report in run.reports)
 
 
 @pytest.mark.parametrize(
     ("option", "value", "words"),
-    [("--weights", "gone", "no weights there"), ("--device", "tpu", "unknown"), ("--device", "cuda:99", "GPUs are")],
+    [
+        ("--weights", "gone", "no weights there"),
+        ("--device", "tpu", "unknown"),
+        ("--device", "cuda:99", "GPUs are"),
+        ("--gpu-memory-mib", "-5", "no whole number above 0"),
+        ("--unheard-of", "1", "unrecognized arguments"),
+    ],
 )
 def test_wrong_options(inputs: Path, tmp_path: Path, option: str, value: str, words: str) -> None:
     done = predict(inputs, tmp_path / "out", option, value)

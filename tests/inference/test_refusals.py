@@ -30,7 +30,7 @@ def patch(path: Path, offset: int, values: np.ndarray) -> None:
     path.write_bytes(gzip.compress(bytes(content)))
 
 
-PIXDIM, DIM, SROW, DATATYPE, SFORM_CODE = 76, 40, 280, 70, 254
+PIXDIM, DIM, SROW, DATATYPE, QFORM_CODE, SFORM_CODE, VOX_OFFSET, QUATERN = 76, 40, 280, 70, 252, 254, 108, 256
 
 
 def truncated_gzip(path: Path) -> None:
@@ -48,14 +48,22 @@ def with_voxel(value: float) -> Callable[[Path], None]:
     return lambda path: save(path, array)
 
 
+def broken_quaternion(path: Path) -> None:
+    """A direction by quaternion alone, longer than one."""
+    patch(path, QFORM_CODE, np.int16([1, 0]))
+    content = bytearray(gzip.decompress(path.read_bytes()))
+    content[QUATERN : QUATERN + 12] = np.float32([7, 3, 5]).tobytes()
+    path.write_bytes(gzip.compress(bytes(content)))
+
+
 def colour(path: Path) -> None:
     save(path, np.zeros(HU.shape, [("R", "u1"), ("G", "u1"), ("B", "u1")]))
 
 
 BAD: dict[str, tuple[Callable[[Path], None], str]] = {
-    "text": (lambda path: path.write_text("not a scan"), "not a NIfTI-1 image"),
-    "empty": (lambda path: path.write_bytes(b""), "not a NIfTI-1 image"),
-    "gzipped text": (lambda path: path.write_bytes(gzip.compress(b"hello" * 100)), "not a NIfTI-1 image"),
+    "text": (lambda path: path.write_text("not a scan"), "holds no NIfTI-1 image"),
+    "empty": (lambda path: path.write_bytes(b""), "holds no NIfTI-1 image"),
+    "gzipped text": (lambda path: path.write_bytes(gzip.compress(b"hello" * 100)), "holds no NIfTI-1 image"),
     "truncated gzip": (truncated_gzip, "damaged or cut short"),
     "truncated data": (truncated_data, "ends before its last voxel"),
     "2-D": (lambda path: save(path, HU[:, :, 0]), "has 2 dimensions"),
@@ -70,6 +78,10 @@ BAD: dict[str, tuple[Callable[[Path], None], str]] = {
     "colour": (colour, "colour"),
     "complex": (lambda path: save(path, HU.astype(np.complex64)), "complex"),
     "unknown type": (lambda path: patch(path, DATATYPE, np.int16([4242])), "header cannot be read"),
+    "no type": (lambda path: patch(path, DATATYPE, np.int16([0])), "names no type"),
+    "a trunk of 12 m": (lambda path: patch(path, SROW, np.float32([2000, 0, 0, 0])), "would be 12 m long"),
+    "a broken quaternion": (broken_quaternion, "header cannot be read"),
+    "NaN offset": (lambda path: patch(path, VOX_OFFSET, np.float32([np.nan])), "header cannot be read"),
     "constant": (lambda path: save(path, np.zeros_like(HU)), "no HU"),
     "no voxels": (lambda path: patch(path, DIM, np.int16([3, 0, 5, 4])), "no voxels"),
     "huge": (lambda path: patch(path, DIM, np.int16([3, 32767, 32767, 32767])), "crop the scan"),
@@ -111,6 +123,23 @@ def test_other_formats_are_refused_alike(tmp_path: Path, suffix: str) -> None:
     SimpleITK.WriteImage(notes, str(path))
     with pytest.raises(ValueError, match="NaN"):
         read_volume(path)
+
+
+@pytest.mark.parametrize("suffix", [".mha", ".nrrd"])
+def test_what_a_library_prints_of_a_short_file_is_not_shown(tmp_path: Path, suffix: str, capfd) -> None:
+    path = tmp_path / f"short{suffix}"
+    SimpleITK.WriteImage(SimpleITK.GetImageFromArray(HU), str(path))
+    path.write_bytes(path.read_bytes()[:-60])
+    with pytest.raises(ValueError, match=f"short{suffix}: cannot be read as an image"):
+        read_volume(path)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_sides_beyond_nifti_are_refused(tmp_path: Path) -> None:
+    image = SimpleITK.GetImageFromArray(np.arange(40000, dtype=np.int16).reshape(1, 1, 40000))
+    SimpleITK.WriteImage(image, str(tmp_path / "long.nrrd"))
+    with pytest.raises(ValueError, match=r"long.nrrd: (too large for a mask|would be)"):
+        read_volume(tmp_path / "long.nrrd")
 
 
 def test_a_name_that_is_no_scans_is_refused(tmp_path: Path) -> None:

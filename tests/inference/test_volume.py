@@ -235,6 +235,25 @@ def test_a_label_is_read_on_its_scans_grid_or_refused(tmp_path) -> None:
             read_label(other, read.geometry)
 
 
+@pytest.mark.parametrize(("code", "unit_mm"), [(0, 1.0), (2, 1.0), (1, 1000.0), (3, 0.001), (8, 1.0), (11, 0.001)])
+def test_units_of_length_are_minded(tmp_path, code: int, unit_mm: float) -> None:
+    """xyzt_units: 1 m, 2 mm, 3 µm; 8 adds seconds."""
+    image = nib.Nifti1Image(np.arange(24, dtype=np.int16).reshape(2, 3, 4), np.diag([0.8, 0.9, 3, 1.0]) / unit_mm)
+    image.header["xyzt_units"] = code
+    nib.save(image, tmp_path / "x.nii")
+    assert read_volume(tmp_path / "x.nii").spacing_mm == pytest.approx((3, 0.9, 0.8), rel=1e-5)
+
+
+@pytest.mark.parametrize("offset", [0.0, 100.0, 352.0])
+def test_voxels_never_start_within_the_header(tmp_path, offset: float) -> None:
+    hu = np.random.default_rng(0).integers(-1000, 400, (5, 6, 7)).astype(np.int16)
+    content = bytearray(nib.Nifti1Image(hu, np.eye(4)).to_bytes())
+    content[108:112] = np.float32(offset).tobytes()
+    (tmp_path / "x.nii").write_bytes(bytes(content))
+    read = read_volume(tmp_path / "x.nii")
+    np.testing.assert_array_equal(read.geometry.to_file(read.hu), hu)
+
+
 def test_names() -> None:
     names = ("a_0000.nii.gz", "a.b_0000.nii", "a.mha", "FLARE_0001_0000.nrrd", "x_0000_0000.nii.gz")
     assert [case_name(Path(n)) for n in names] == ["a", "a.b", "a", "FLARE_0001", "x_0000"]
