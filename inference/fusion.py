@@ -57,7 +57,7 @@ def fuse(
         return mask
     for z in range(shape[0]):
         mask[z] = _candidates(hybrid, unet, z, thresholds)
-    box = _box(mask)
+    box = bounding_box(mask)
     if box is None:
         return mask
     labels, count = cc3d.connected_components(mask[box], connectivity=26, return_N=True)
@@ -86,8 +86,8 @@ def _candidates(
     return mean >= (thresholds.unet_voxel if hybrid is None else thresholds.voxel)
 
 
-def _box(mask: NDArray[np.uint8]) -> tuple[slice, slice, slice] | None:
-    """Bounding box of the candidates."""
+def bounding_box(mask: NDArray[Any]) -> tuple[slice, slice, slice] | None:
+    """The smallest box (z, y, x) that holds all of a mask; None where it is empty."""
     box = []
     for axis in range(3):
         used = np.flatnonzero(mask.any(axis=tuple(other for other in range(3) if other != axis)))

@@ -44,6 +44,9 @@ class UNetConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> UNetConfig:
+        unknown = set(values) - {field.name for field in dataclasses.fields(cls)}
+        if unknown:
+            raise ValueError(f"unknown UNet settings {sorted(unknown)}: the weights are newer than this program")
         spacing, patch, windows = values["spacing_mm"], values["patch"], values["windows_hu"]
         return cls(
             values["features"],

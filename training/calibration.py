@@ -18,7 +18,7 @@ import tyro
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from inference.fusion import FusionThresholds, SliceSource, fuse
+from inference.fusion import FusionThresholds, SliceSource, bounding_box, fuse
 from inference.pipeline import Pipeline, voxel_volume_ml
 from inference.weights import MANIFEST, Gate
 from training.data import Case, case_names, load_case
@@ -71,7 +71,10 @@ class Operating:
 
 @dataclass(frozen=True)
 class Predicted:
-    """What both networks say of a case, before any threshold: its score, and probabilities (z, y, x) on its grid."""
+    """What both networks say of a case, before any threshold: its score, and probabilities (z, y, x) on its grid.
+
+    Cut to the box that holds the label and all that could be called a lesion.
+    """
 
     label: NDArray[np.uint8]
     voxel_ml: float
@@ -103,7 +106,10 @@ def predict(pipeline: Pipeline, case: Case) -> Predicted:
         np.stack([source(z).astype(np.float16) for z in range(len(case.hu))])
         for source in (source, pipeline.predict_unet(case.hu, case.spacing_mm))
     )
-    return Predicted(case.label, voxel_volume_ml(case.spacing_mm), hybrid, unet, score)
+    # no threshold lets a voxel outside this box into a mask, so the search need not look there
+    anywhere = (case.label > 0) | (hybrid >= min(VOXEL)) | (unet >= min(VOXEL))
+    box = bounding_box(anywhere) or (slice(0, 1),) * 3
+    return Predicted(case.label[box], voxel_volume_ml(case.spacing_mm), hybrid[box].copy(), unet[box].copy(), score)
 
 
 def calibrate(cases: list[Predicted], network: str) -> tuple[Operating, float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -128,6 +129,30 @@ def test_cuda_that_is_not_there_is_told(onnx, caplog) -> None:
         unet = UNet(onnx.read_bytes(), CONFIG, "cuda:0")
     assert unet.session.get_providers()[0] == "CPUExecutionProvider"
     assert "runs on the CPU" in caplog.text
+
+
+def test_a_device_that_fails_in_the_middle_is_left_for_the_cpu(onnx, caplog) -> None:
+    """A session that fails as CUDA's would, once: the patch is computed again, to the same result."""
+
+    class Failing:
+        def get_providers(self) -> list[str]:
+            return ["CUDAExecutionProvider", "CPUExecutionProvider"]
+
+        def run(self, *_: object) -> None:
+            raise RuntimeError("BFCArena: failed to allocate memory\nand more")
+
+    hu = np.random.default_rng(0).integers(-100, 300, (20, 40, 40)).astype(np.int16)
+    unet = UNet(onnx.read_bytes(), CONFIG)
+    expected = unet.probabilities(hu, (3.0, 2.0, 2.0)).grid
+    unet.session = Failing()
+    np.testing.assert_array_equal(unet.probabilities(hu, (3.0, 2.0, 2.0)).grid, expected)
+    assert "failed on its device (BFCArena: failed to allocate memory) and goes on" in caplog.text
+
+
+def test_a_network_that_cannot_run_its_patch_is_told(onnx) -> None:
+    unet = UNet(onnx.read_bytes(), replace(CONFIG, patch=(18, 32, 32)))
+    with pytest.raises(ValueError, match="ONNX file cannot be run"):
+        unet.probabilities(np.zeros((20, 40, 40), np.int16), (3.0, 2.0, 2.0))
 
 
 def test_a_file_that_is_no_network_is_refused() -> None:

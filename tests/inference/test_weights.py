@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 
 from inference.weights import find_weights, load_hybrid, read_manifest
 
@@ -42,6 +43,11 @@ def test_a_release_loads_as_it_was(weights: Path) -> None:
     stack = torch.rand(1, 5, 256, 256)
     reference.load_state_dict(model.state_dict())
     torch.testing.assert_close(model(stack).logits, reference.eval()(stack).logits)
+
+
+def test_the_hybrid_is_stored_in_float16(weights: Path) -> None:
+    with safe_open(weights / "hybrid.safetensors", "pt") as file:
+        assert {file.get_tensor(name).dtype for name in file.keys()} == {torch.float16}  # noqa: SIM118
 
 
 @pytest.mark.parametrize("part", ["hybrid.safetensors", "unet.onnx"])
@@ -79,6 +85,10 @@ def test_a_file_outside_the_folder_is_refused(weights: Path) -> None:
         (lambda m: m["fusion"].update(typo=1), "typo"),
         (lambda m: m["hybrid"]["config"].update(slices=4), "slices must be 1 or 5"),
         (lambda m: m["hybrid"]["config"].update(future=4), "future"),
+        (lambda m: m["unet"]["config"].update(future=4), "future"),
+        (lambda m: m["hybrid"].update(plane="oblique"), "plane 'oblique' is none of axial, coronal, sagittal"),
+        (lambda m: m["hybrid"].update(resize="shrink"), "resize 'shrink' is none of stretch, square"),
+        (lambda m: m["hybrid"].update(window_hu=[300, 300]), "the window 300 to 300 HU is empty"),
     ],
 )
 def test_a_manifest_that_does_not_fit_is_refused(weights: Path, change: Callable, words: str) -> None:

@@ -14,8 +14,8 @@ from inference.unet import UNetConfig
 from training import hybrid_training, unet_training
 from training.anatomy import Organ
 from training.augmentation import InPlane, Intensity, RandomInPlane, RandomIntensity
-from training.calibration import Predicted, calibrate, dice
-from training.data import case_names, load_case
+from training.calibration import CHOICES, SEARCHED, Operating, Predicted, calibrate, dice, predict
+from training.data import Case, case_names, load_case
 from training.hybrid_data import StackSampler, prepare
 from training.loop import Budget, train
 from training.losses import hybrid_loss, soft_dice_loss
@@ -232,6 +232,37 @@ def test_dice_of_empty_masks_is_flares() -> None:
     empty, full = np.zeros(8), np.ones(8)
     assert [dice(empty, empty), dice(full, empty), dice(empty, full), dice(full, full)] == [1, 0, 0, 1]
     assert dice(np.array([1, 1, 0, 0]), np.array([1, 0, 0, 0])) == pytest.approx(2 / 3)
+
+
+class Said:
+    """A pipeline that says what it was given."""
+
+    def __init__(self, hybrid: np.ndarray, unet: np.ndarray) -> None:
+        self.hybrid, self.unet = hybrid, unet
+
+    def predict_hybrid(self, *_: object) -> tuple:
+        return self.hybrid.__getitem__, 0.8
+
+    def predict_unet(self, *_: object):
+        return self.unet.__getitem__
+
+
+def test_the_box_of_a_prediction_changes_no_dice() -> None:
+    rng = np.random.default_rng(0)
+    hybrid, unet = np.zeros((2, 12, 30, 30), np.float32)
+    hybrid[4:7, 5:12, 8:15], unet[5:8, 6:14, 9:13] = rng.random((3, 7, 7)), rng.random((3, 8, 4))
+    label = np.zeros(hybrid.shape, np.uint8)
+    label[5:7, 6:11, 9:14] = 1
+    case = Case("x", label.astype(np.int16), label, label, (3.0, 1.0, 1.0))
+    found = predict(Said(hybrid, unet), case)
+    assert found.label.shape == (4, 9, 7)
+    whole = Predicted(label, 0.003, hybrid.astype(np.float16), unet.astype(np.float16), 0.8)
+    assert found.voxel_ml == pytest.approx(0.003)
+    for network, values in SEARCHED.items():
+        for name in values:
+            for value in CHOICES[name]:
+                operating = Operating().change(name, value)
+                assert found.dice(operating, network) == pytest.approx(whole.dice(operating, network))
 
 
 @pytest.mark.parametrize("network", ["hybrid", "unet", "fused"])
