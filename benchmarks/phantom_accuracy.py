@@ -40,9 +40,9 @@ def scanner(seed: int) -> Scanner:
 
 
 def operating_points(manifest: dict[str, Any]) -> dict[str, Operating]:
-    """The calibrated thresholds of each network by itself."""
-    alone = manifest["training"]["calibration"]
-    return {network: Operating.from_manifest(alone[network]) for network in ("hybrid", "unet")}
+    """The calibrated thresholds of each network by itself; those of the manifest where it was not calibrated."""
+    alone = manifest["training"].get("calibration", {})
+    return {network: Operating.from_manifest(alone.get(network, manifest)) for network in ("hybrid", "unet")}
 
 
 class Recorder(Pipeline):
