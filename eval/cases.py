@@ -10,6 +10,7 @@ from typing import Any
 
 MASK_SUFFIX = ".nii.gz"
 CHANNEL_SUFFIX = "_0000"  # a scan's file is X_0000.nii.gz, its mask's X.nii.gz
+SCAN_SUFFIX = f"{CHANNEL_SUFFIX}{MASK_SUFFIX}"
 
 
 def case_of(name: str) -> str:

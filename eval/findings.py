@@ -10,12 +10,10 @@ from typing import Any
 
 import nibabel as nib
 import numpy as np
-from nibabel.filebasedimages import ImageFileError
-from nibabel.spatialimages import HeaderDataError
 from numpy.typing import NDArray
 
 from .efficiency import CaseEfficiency
-from .masks import GRID_TOLERANCE_MM, Mask, grid_distance_mm
+from .masks import GRID_TOLERANCE_MM, UNREADABLE, Mask, grid_distance_mm
 from .usage import HARD_STOP_S, MEMORY_LIMIT_MIB, TIME_LIMIT_S
 
 SHOWN = 3  # faults printed of one check; submission.json holds all
@@ -144,7 +142,7 @@ def scan_grid(scan: Path) -> Grid:
     """The grid in a scan's header. ValueError where it cannot be read."""
     try:
         image = nib.Nifti1Image.from_filename(scan)
-    except (OSError, EOFError, ValueError, ImageFileError, HeaderDataError) as error:
+    except UNREADABLE as error:
         raise ValueError(f"{scan}: cannot be read as a NIfTI scan: replace it, or leave it out") from error
     return Grid(tuple(image.shape[:3]), np.asarray(image.affine, float))
 

@@ -13,6 +13,14 @@ from nibabel.filebasedimages import ImageFileError
 from nibabel.spatialimages import HeaderDataError
 from numpy.typing import NDArray
 
+UNREADABLE = (
+    OSError,
+    EOFError,
+    ValueError,
+    zlib.error,
+    ImageFileError,
+    HeaderDataError,
+)  # nibabel, of a file
 GRID_TOLERANCE_MM = 1e-2  # of any corner of the volume; headers keep float32
 
 
@@ -42,7 +50,7 @@ def read_mask(path: Path) -> Mask:
     try:
         image = nib.Nifti1Image.from_filename(path)
         stored = np.asanyarray(image.dataobj)
-    except (OSError, EOFError, ValueError, zlib.error, ImageFileError, HeaderDataError) as error:
+    except UNREADABLE as error:
         raise ValueError(f"{path}: cannot be read as a NIfTI mask: write it again") from error
     if stored.ndim > 3 and all(n == 1 for n in stored.shape[3:]):
         stored = stored.reshape(stored.shape[:3])

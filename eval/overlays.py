@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import nibabel as nib
 import numpy as np
-from nibabel.filebasedimages import ImageFileError
 from nibabel.orientations import apply_orientation, io_orientation
-from nibabel.spatialimages import HeaderDataError
 from numpy.typing import NDArray
 
-from .masks import check_same_shape, read_mask
-
-CT_SUFFIX = "_0000.nii.gz"
-UNREADABLE = (OSError, EOFError, ValueError, zlib.error, ImageFileError, HeaderDataError)
+from .masks import UNREADABLE, check_same_shape, read_mask
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from .cases import MASK_SUFFIX
-from .overlays import CT_SUFFIX, image_size
+from .cases import MASK_SUFFIX, SCAN_SUFFIX
+from .overlays import image_size
 from .results import DONE, check_folder, has_mask, read_accuracy, read_efficiency
 
 NONE = "–"
@@ -26,7 +26,7 @@ class Run:
     scans: Path | None
 
     def scan(self, case: str) -> Path | None:
-        return self.scans / f"{case}{CT_SUFFIX}" if self.scans else None
+        return self.scans / f"{case}{SCAN_SUFFIX}" if self.scans else None
 
     @property
     def measured(self) -> list[dict[str, Any]]:
@@ -256,13 +256,7 @@ def masks(run: Run, case: str) -> tuple[Path, ...]:
 
 def extremes(cases: Sequence[Case]) -> tuple[list[Case], list[Case]]:
     """Worst (worst first) and best cases (best first) that there is something to draw of: no case is both."""
-    drawable = [
-        case
-        for case in cases
-        if case.accuracy
-        and not case.accuracy["missing"]
-        and case.accuracy["reference_ml"] + case.accuracy["prediction_ml"]
-    ]
+    drawable = [case for case in cases if case.accuracy and _drawable(case.accuracy)]
     best = min(SHOWN_CASES, len(drawable) // 2)
     return drawable[: min(SHOWN_CASES, len(drawable) - best)], drawable[len(drawable) - best :][::-1]
 

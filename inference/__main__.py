@@ -52,7 +52,7 @@ def positive(text: str) -> int:
 
 
 def find_scans(inputs: Path) -> list[Path]:
-    """The scans to segment, sorted. UsageError where there is none, or where two would write the same mask."""
+    """The scans to segment, sorted. UsageError where there is none, or where the folder cannot be read."""
     try:
         if inputs.is_file():
             return [inputs]
@@ -157,7 +157,11 @@ def one_line(source: Path, error: BaseException) -> str:
         return f"{source}: not enough memory: give the container more, or crop the scan"
     said = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
     first = next(iter(said.splitlines()), type(error).__name__)
-    return first if ": " in first and source.name in first else f"{source}: failed ({first}): try --device cpu"
+    return (
+        first
+        if ": " in first and source.name in first
+        else f"{source}: failed unexpectedly ({first}): run it alone with --device cpu"
+    )
 
 
 def run(options: argparse.Namespace) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -42,7 +43,7 @@ class OrganHeads(nn.Module):
         """
         losses = [self._cross_entropy(index, seen, organs) for index, seen in self._seen.items()]
         self._seen.clear()
-        return WEIGHT * sum(losses, start=organs.new_zeros((), dtype=losses[0].dtype)) / len(losses)
+        return WEIGHT * torch.stack(losses).mean()
 
     def _cross_entropy(self, index: int, seen: Tensor, organs: Tensor) -> Tensor:
         depth = organs.shape[1] // seen.shape[2] if seen.ndim == 5 else 1

@@ -85,9 +85,27 @@ def test_hybrid_learns_and_resumes(folder, tmp_path) -> None:
     assert hybrid_training.train_step(again, batch) == pytest.approx(following, rel=1e-2)
 
 
-def test_unet_refuses_patches_that_vanish(folder, tmp_path) -> None:
-    with pytest.raises(ValueError, match="multiples of 8 from 32"):
-        unet_training.Settings(folder, tmp_path, patch=(16, 32, 32))
+@pytest.mark.parametrize("patch", [(8, 32, 32), (20, 32, 32)])
+def test_unet_refuses_patches_that_vanish(folder, tmp_path, patch) -> None:
+    with pytest.raises(ValueError, match="multiples of 8 from 16"):
+        unet_training.Settings(folder, tmp_path, patch=patch)
+
+
+def test_the_thinnest_patch_has_float32s_gradients(folder, tmp_path) -> None:
+    """Two voxels deep at the coarsest level, where oneDNN's own bfloat16 gradients are garbage."""
+    config = UNetConfig(features=4)
+    (tmp_path / "run").mkdir()
+    settings = unet_training.Settings(folder, tmp_path / "run", features=4, patch=(16, 32, 32))
+    run = unet_training.start(settings)
+    batch = PatchSampler(prepare_grids(folder, tmp_path / "cache", config), config, seed=0).batch(2, settings.patch)
+    norms = []
+    for dtype in (torch.float32, torch.bfloat16):
+        run.model.zero_grad()
+        with torch.autocast("cpu", dtype, enabled=dtype == torch.bfloat16):
+            outputs = run.model(batch.image)
+        unet_training.supervised_loss(outputs, batch.label).backward()
+        norms.append(torch.cat([p.grad.flatten() for p in run.model.parameters() if p.grad is not None]).norm())
+    assert norms[1] == pytest.approx(norms[0].item(), rel=0.1)
 
 
 def test_unet_learns(folder, tmp_path) -> None:
