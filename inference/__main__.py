@@ -157,11 +157,9 @@ def one_line(source: Path, error: BaseException) -> str:
         return f"{source}: not enough memory: give the container more, or crop the scan"
     said = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
     first = next(iter(said.splitlines()), type(error).__name__)
-    return (
-        first
-        if ": " in first and source.name in first
-        else f"{source}: failed unexpectedly ({first}): run it alone with --device cpu"
-    )
+    if ": " in first and source.name in first:
+        return first
+    return f"{source}: failed unexpectedly ({first}): run it alone with --device cpu"
 
 
 def run(options: argparse.Namespace) -> int:
