@@ -15,7 +15,7 @@ import nibabel as nib
 import numpy as np
 from numpy.typing import NDArray
 
-from training.calibration import dice
+from training.losses import dice
 from training.phantom import Phantom, Scanner, make_phantom, write_flare
 
 matplotlib.use("Agg")

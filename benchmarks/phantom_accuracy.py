@@ -22,8 +22,9 @@ from benchmarks.demo import read_mask
 from inference.fusion import SliceSource, fuse
 from inference.pipeline import Pipeline, voxel_volume_ml
 from inference.weights import MANIFEST, find_weights
-from training.calibration import Operating, dice
-from training.data import load_case
+from training.calibration import Operating
+from training.data import load_case, read_folder
+from training.losses import dice
 from training.phantom import PHANTOM_VERSION, Scanner, make_phantom, write_flare
 
 FIRST_SEED, COUNT, HEALTHY = 3000, 20, 5  # seeds from 3000 on are never trained or calibrated on
@@ -63,7 +64,8 @@ def judge(pipeline: Recorder, operating: dict[str, Operating], seed: int, folder
     write_flare(phantom, folder, NAME)
     report = pipeline.run(folder / "imagesTr" / f"{NAME}_0000.nii.gz", folder)
     scores = {"fused": dice(read_mask(folder / f"{NAME}.nii.gz"), phantom.lesions)}
-    case, (hybrid, score) = load_case(folder, NAME), pipeline.hybrid_said
+    (entry,) = read_folder(folder)
+    case, (hybrid, score) = load_case(entry), pipeline.hybrid_said
     for network, point in operating.items():
         speaking = point.speaking(network, hybrid, pipeline.unet_said, score)
         mask = fuse(*speaking, case.label.shape, voxel_volume_ml(case.spacing_mm), point.fusion)

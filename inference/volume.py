@@ -347,7 +347,12 @@ def body_box(hu: NDArray[np.int16]) -> tuple[slice, slice, slice]:
 
 def write_mask(mask: NDArray[Any], geometry: Geometry, path: Path) -> None:
     """Write a mask (z, y, x), canonical and of the full scan, as uint8 {0, 1} on the input's own grid; atomic."""
-    _write((mask > 0).astype(np.uint8), geometry, path, slope=1.0)
+    write_label((mask > 0).astype(np.uint8), geometry, path)
+
+
+def write_label(label: NDArray[np.uint8], geometry: Geometry, path: Path) -> None:
+    """Write labels (z, y, x), 0 … 255, likewise."""
+    _write(label, geometry, path, slope=1.0)
 
 
 def write_probability(probability: NDArray[np.uint8], geometry: Geometry, path: Path) -> None:

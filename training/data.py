@@ -1,9 +1,16 @@
-"""A folder in FLARE layout: `imagesTr/X_0000.nii.gz`, `labelsTr/X.nii.gz`, and of phantoms also `organsTr/X.nii.gz`."""
+"""A folder of scans in FLARE layout, and what is annotated in it.
+
+`imagesTr/X_0000.nii.gz`, `labelsTr/X.nii.gz` where there is one, of phantoms also `organsTr/X.nii.gz`; and `cases.csv`
+(case, annotated, healthy, lesion_type), without which every label counts as complete.
+"""
 
 from __future__ import annotations
 
+import csv
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,35 +18,147 @@ from numpy.typing import NDArray
 from inference.volume import case_name, is_scan, read_label, read_volume
 from training.organs import UNKNOWN
 
+Annotated = Literal["complete", "partial", "none"]
+SHORT: dict[str, Annotated] = {"1": "complete", "0": "none"}
+COLUMNS = ("case", "annotated", "healthy", "lesion_type")
+PSEUDO = 255  # in a label: a lesion that a network added, not an annotator
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What is known of a scan before it is read.
+
+    annotated: whether the label holds every lesion, only some, or there is none. healthy: the scan is free of lesions,
+    with or without a label that says so. lesion_type: the site of the lesions, "" where nobody said.
+    """
+
+    name: str
+    scan: Path
+    label: Path | None
+    organs: Path | None
+    annotated: Annotated = "complete"
+    healthy: bool = False
+    lesion_type: str = ""
+
+    @property
+    def complete(self) -> bool:
+        """Whether what its label leaves out is known to be free of lesions."""
+        return self.healthy or self.annotated == "complete"
+
+    @property
+    def teaches(self) -> bool:
+        """Whether its lesions, or that it has none, can be learnt."""
+        return self.healthy or self.annotated != "none"
+
 
 @dataclass(frozen=True)
 class Case:
     """An annotated scan, cropped to the body; arrays are (z, y, x) as `volume.py` orients.
 
-    hu: int16; label: uint8 {0, 1}; organs: uint8 `anatomy.Organ`, `organs.UNKNOWN` all over where nobody knows.
+    hu: int16; label: uint8, 0, 1 or `PSEUDO`; organs: uint8 `anatomy.Organ`, `organs.UNKNOWN` all over where nobody
+    knows them.
     """
 
-    name: str
+    entry: Entry
     hu: NDArray[np.int16]
     label: NDArray[np.uint8]
     organs: NDArray[np.uint8]
     spacing_mm: tuple[float, float, float]
 
 
-def case_names(folder: Path) -> list[str]:
-    """Names of the scans that have a label, sorted. ValueError where there is none."""
+def read_folder(folder: Path) -> list[Entry]:
+    """The scans of a folder, by name. ValueError that lists every case whose files and `cases.csv` do not agree."""
     scans = {case_name(path): path for path in sorted((folder / "imagesTr").glob("*")) if is_scan(path)}
-    names = [name for name in scans if (folder / "labelsTr" / f"{name}.nii.gz").exists()]
-    if not names:
+    problems: list[str] = []
+    rows = _rows(folder / "cases.csv", problems)
+    problems += [f"{name}: in cases.csv, but imagesTr has no such scan" for name in rows if name not in scans]
+    entries = []
+    for name, scan in scans.items():
+        try:
+            entries.append(_entry(folder, name, scan, rows.get(name)))
+        except ValueError as error:
+            problems.append(f"{name}: {error}")
+    refuse(folder, problems)
+    if not any(entry.teaches for entry in entries):
         raise ValueError(f"{folder}: no scan in imagesTr has a mask in labelsTr: name a folder in FLARE layout")
-    return names
+    return entries
 
 
-def load_case(folder: Path, name: str) -> Case:
-    """Read scan, label and, where there are any, organs of a case, which must lie on the same grid."""
-    volume = read_volume(folder / "imagesTr" / f"{name}_0000.nii.gz")
-    label = read_label(folder / "labelsTr" / f"{name}.nii.gz", volume.geometry)[volume.box]
+def refuse(folder: Path, problems: list[str]) -> None:
+    """ValueError that lists all problems of a folder, if there are any."""
+    if problems:
+        raise ValueError(f"{folder}: mend or remove these cases:\n  " + "\n  ".join(problems))
+
+
+def _rows(path: Path, problems: list[str]) -> dict[str, dict[str, str]]:
+    """Rows of `cases.csv` by case; none where there is no such file."""
+    if not path.exists():
+        return {}
+    rows: dict[str, dict[str, str]] = {}
+    with path.open(newline="") as file:
+        reader = csv.DictReader(file)
+        missing = [column for column in COLUMNS if column not in (reader.fieldnames or [])]
+        if missing:
+            raise ValueError(f"{path}: no column {', '.join(missing)}: the columns are {', '.join(COLUMNS)}")
+        for row in reader:
+            if row["case"] in rows:
+                problems.append(f"{row['case']}: twice in cases.csv")
+            rows[row["case"]] = row
+    return rows
+
+
+def _entry(folder: Path, name: str, scan: Path, row: dict[str, str] | None) -> Entry:
+    label, organs = (_existing(folder / part / f"{name}.nii.gz") for part in ("labelsTr", "organsTr"))
+    if row is None:
+        return Entry(name, scan, label, organs, "complete" if label else "none")
+    annotated = SHORT.get(row["annotated"], row["annotated"])
+    if annotated not in get_args(Annotated):
+        raise ValueError(f"annotated is {row['annotated']!r}, not one of {', '.join(get_args(Annotated))}")
+    if row["healthy"] not in ("0", "1"):
+        raise ValueError(f"healthy is {row['healthy']!r}, not 0 or 1")
+    healthy = row["healthy"] == "1"
+    if annotated != "none" and not healthy and label is None:
+        raise ValueError("said to be annotated, but labelsTr has no mask of it")
+    if healthy and annotated == "partial":
+        raise ValueError("healthy, and partly annotated: a healthy scan is complete")
+    return Entry(name, scan, label, organs, annotated, healthy, row["lesion_type"])  # type: ignore[arg-type]
+
+
+def link(entries: list[Entry], folder: Path) -> None:
+    """Write a folder in FLARE layout of links to the files of these cases, and its `cases.csv`; an older one goes."""
+    for part in ("imagesTr", "labelsTr", "organsTr"):
+        shutil.rmtree(folder / part, ignore_errors=True)
+        (folder / part).mkdir(parents=True)
+    for entry in entries:
+        for part, path in (("imagesTr", entry.scan), ("labelsTr", entry.label), ("organsTr", entry.organs)):
+            if path:
+                (folder / part / path.name).symlink_to(path.resolve())
+    write_rows(folder, entries)
+
+
+def write_rows(folder: Path, entries: list[Entry]) -> None:
+    """Write `cases.csv`."""
+    with (folder / "cases.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(COLUMNS)
+        writer.writerows([e.name, e.annotated, int(e.healthy), e.lesion_type] for e in entries)
+
+
+def _existing(path: Path) -> Path | None:
+    return path if path.exists() else None
+
+
+def load_case(entry: Entry) -> Case:
+    """Read scan, label and organs, which must lie on the same grid. ValueError, also where the label is not as said."""
+    volume = read_volume(entry.scan)
+    label = np.zeros(volume.hu.shape, np.uint8)
+    if entry.label:
+        label = read_label(entry.label, volume.geometry)
+        label[(label > 0) & (label != PSEUDO)] = 1
+    if entry.healthy and label.any():
+        count = np.count_nonzero(label)
+        raise ValueError(f"{entry.label}: {count} voxels of lesion in a scan that cases.csv calls healthy")
     organs = np.full_like(label, UNKNOWN)
-    if (path := folder / "organsTr" / f"{name}.nii.gz").exists():
-        organs = read_label(path, volume.geometry)[volume.box]
-    return Case(name, volume.body, (label > 0).astype(np.uint8), organs, volume.spacing_mm)
+    if entry.organs:
+        organs = read_label(entry.organs, volume.geometry)
+    return Case(entry, volume.body, label[volume.box], organs[volume.box], volume.spacing_mm)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -10,57 +12,77 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from tqdm import tqdm
 
-from inference.slices import Plane, Resize, SliceGrid
+from inference.slices import LUNG_WINDOW_HU, TISSUE_WINDOW_HU, Plane, Resize, SliceGrid
 from training.augmentation import RandomInPlane, RandomIntensity
-from training.data import Case, case_names, load_case
+from training.cache import Arrays, prepare
+from training.data import Case, Entry
 
 LESION, LESION_FREE, HEALTHY = "lesion", "lesion_free", "healthy"
-SHARES = {LESION: 0.55, LESION_FREE: 0.25, HEALTHY: 0.2}
+SHARES = {LESION: 0.5, LESION_FREE: 0.25, HEALTHY: 0.25}
+LUNG = "lung"  # the lesion type that is also seen in the lung window, which inference never uses
+WINDOWS = {"tissue": TISSUE_WINDOW_HU, LUNG: LUNG_WINDOW_HU}
+SHOWN_ANYWAY = 0.25  # of the slices without a lesion: the classifier errs, and then the decoder alone must say no
 
 
 @dataclass(frozen=True)
 class SliceCase:
-    """uint8 (slices, 256, 256), memory-mapped: image 0 … 255 over the window, label {0, 1}, organs as `Case`'s."""
+    """uint8 (slices, 256, 256), memory-mapped: tissue and lung 0 … 255 over their windows, label {0, 1}, organs.
+
+    lesion_slices: indices; known: bool (slices,), whether an annotator said if a lesion is present.
+    """
 
     name: str
-    image: NDArray[np.uint8]
+    tissue: NDArray[np.uint8]
+    lung: NDArray[np.uint8]
     label: NDArray[np.uint8]
     organs: NDArray[np.uint8]
-    lesion_slices: NDArray[np.intp]
+    lesion_slices: NDArray[np.int64]
+    known: NDArray[np.bool_]
+    lesion_type: str
+
+    def __len__(self) -> int:
+        return len(self.label)
 
 
-def cut_case(case: Case, plane: Plane, resize: Resize) -> NDArray[np.uint8]:
-    """Image, label and organs, uint8 (3, slices, 256, 256)."""
+def cut_case(case: Case, plane: Plane, resize: Resize) -> Arrays:
+    """The images and labels of `SliceCase`."""
     grid = SliceGrid(case.hu.shape, case.spacing_mm, plane, resize)
-    image = np.rint(grid.cut(case.hu, 0, len(grid)) * 255).astype(np.uint8)
-    label = np.stack([grid.resample(case.label[grid[i]].astype(np.float32)) >= 0.5 for i in range(len(grid))])
+    images = {
+        name: np.rint(grid.cut(case.hu, 0, len(grid), window) * 255).astype(np.uint8)
+        for name, window in WINDOWS.items()
+    }
+    label = np.stack([grid.resample((case.label[grid[i]] > 0).astype(np.float32)) >= 0.5 for i in range(len(grid))])
     organs = np.stack([grid.resample_labels(case.organs[grid[i]]) for i in range(len(grid))])
-    return np.stack([image, label.astype(np.uint8), organs])
+    lesion_slices = np.flatnonzero(label.any(axis=(1, 2)))
+    given = np.array([(case.label[grid[i]] == 1).any() for i in range(len(grid))])
+    known = given | case.entry.complete
+    return {
+        **images, "label": label.astype(np.uint8), "organs": organs, "lesion_slices": lesion_slices, "known": known
+    }  # fmt: skip
 
 
-def prepare(folder: Path, cache: Path, plane: Plane, resize: Resize) -> list[SliceCase]:
-    """Cut every case of a FLARE folder, once; what the cache holds already is reused."""
-    cache.mkdir(parents=True, exist_ok=True)
-    cases = []
-    for name in tqdm(case_names(folder), desc="slices", unit="case"):
-        path = cache / f"{name}_{plane}_{resize}.npy"
-        if not path.exists():
-            temporary = path.with_name(f".{path.name}")
-            np.save(temporary, cut_case(load_case(folder, name), plane, resize))
-            temporary.rename(path)
-        image, label, organs = np.load(path, mmap_mode="r")
-        cases.append(SliceCase(name, image, label, organs, np.flatnonzero(label.any(axis=(1, 2)))))
-    return cases
+def slice_cases(
+    folder: Path, entries: list[Entry], cache: Path, plane: Plane, resize: Resize, jobs: int = 1
+) -> list[SliceCase]:
+    """Every case in slices, cut once; what the cache holds already is reused."""
+    made = prepare(folder, entries, cache / f"{plane}_{resize}", partial(cut_case, plane=plane, resize=resize), jobs)
+    return [SliceCase(entry.name, **arrays, lesion_type=entry.lesion_type) for entry, arrays in made]
 
 
 class Stacks(NamedTuple):
-    """image: float in [0, 1]; label: float {0, 1}; organs: uint8; shapes as `StackSampler.batch` says."""
+    """Of N stacks with S targets and a margin of `radius` slices around them.
+
+    image: float (N, S + 2·radius, H, W) in [0, 1]; label: float {0, 1} and organs: uint8, both (N, S, H, W);
+    known: bool (N, S), whether the label tells if a lesion is present; shown: bool (N, S), whether positive prompts
+    are given: where there is a lesion, and in a share of the other slices.
+    """
 
     image: Tensor
     label: Tensor
     organs: Tensor
+    known: Tensor
+    shown: Tensor
 
 
 class StackSampler:
@@ -68,55 +90,58 @@ class StackSampler:
 
     def __init__(self, cases: list[SliceCase], targets: int, radius: int, seed: int) -> None:
         self.with_lesion = [case for case in cases if len(case.lesion_slices)]
-        self.healthy = [case for case in cases if not len(case.lesion_slices)]
+        self.healthy = [case for case in cases if not len(case.lesion_slices) and case.known.all()]
         if not self.with_lesion:
             raise ValueError("no case has a lesion: nothing can be learnt")
-        self.targets, self.radius = targets, radius
-        self.rng = np.random.default_rng(seed)
+        self.targets, self.radius, self.seed = targets, radius, seed
         self.intensity, self.in_plane = RandomIntensity(), RandomInPlane()
 
-    def batch(self, stacks: int, crop: int = 0) -> Stacks:
-        """Images (stacks, targets + 2·radius, 256, 256) in [0, 1]; labels and organs (stacks, targets, 256, 256).
+    def batch(self, step: int, members: Iterable[int], crop: int = 0) -> Stacks:
+        """Members of the batch of a step: the same ones whenever, and by whichever process, they are asked for.
 
-        crop: pixels a side to cut out instead, around a lesion where there is one.
+        crop: pixels a side to cut out of the 256, around a lesion where there is one; 0 for whole slices.
         """
-        drawn = [self._stack() for _ in range(stacks)]
-        if crop:
-            drawn = [self._crop(stack, crop) for stack in drawn]
+        drawn = [self._member(np.random.default_rng((self.seed, step, member)), crop) for member in members]
         return Stacks(*(torch.stack(parts) for parts in zip(*drawn, strict=True)))
 
-    def _stack(self) -> Stacks:
-        case, start = self._place()
-        around = np.clip(np.arange(start - self.radius, start + self.targets + self.radius), 0, len(case.image) - 1)
-        image = torch.from_numpy(case.image[around]).float() / 255
+    def _member(self, rng: np.random.Generator, crop: int) -> Stacks:
+        stack = self._stack(rng)
+        return self._crop(rng, stack, crop) if crop else stack
+
+    def _stack(self, rng: np.random.Generator) -> Stacks:
+        case, start = self._place(rng)
+        around = np.clip(np.arange(start - self.radius, start + self.targets + self.radius), 0, len(case) - 1)
+        images = case.lung if case.lesion_type == LUNG and rng.random() < 0.5 else case.tissue
+        image = torch.from_numpy(images[around]).float() / 255
         targets = around[self.radius : self.radius + self.targets]
         label, organs = (torch.from_numpy(array[targets]).float() for array in (case.label, case.organs))
-        move = self.in_plane.draw(self.rng)
-        image = self.intensity.draw(self.rng)(move(image))
-        return Stacks(image, (move(label) >= 0.5).float(), move(organs, "nearest").byte())
+        move = self.in_plane.draw(rng)
+        image, label = self.intensity.draw(rng)(move(image)), (move(label) >= 0.5).float()
+        present = label.flatten(1).any(dim=1)
+        shown = present | torch.from_numpy(rng.random(self.targets) < SHOWN_ANYWAY)
+        known = torch.from_numpy(case.known[targets])
+        return Stacks(image, label, move(organs, "nearest").byte(), known, shown)
 
-    def _crop(self, stack: Stacks, side: int) -> Stacks:
-        image, label, _ = stack
+    def _crop(self, rng: np.random.Generator, stack: Stacks, side: int) -> Stacks:
+        image, label = stack.image, stack.label
         places = label.any(dim=0).nonzero() if label.any() else (image[self.radius] > 0).nonzero()
         limit = image.shape[-1] - side
         if len(places):
-            jitter = self.rng.integers(-side // 3, side // 3 + 1, 2)
-            corner = places[self.rng.integers(len(places))].numpy() - side // 2 + jitter
+            jitter = rng.integers(-side // 3, side // 3 + 1, 2)
+            corner = places[rng.integers(len(places))].numpy() - side // 2 + jitter
         else:
-            corner = self.rng.integers(0, limit + 1, 2)
+            corner = rng.integers(0, limit + 1, 2)
         row, column = np.clip(corner, 0, limit)
         part = (slice(None), slice(row, row + side), slice(column, column + side))
-        return Stacks(*(tensor[part] for tensor in stack))
+        return stack._replace(image=image[part], label=label[part], organs=stack.organs[part])
 
-    def _place(self) -> tuple[SliceCase, int]:
+    def _place(self, rng: np.random.Generator) -> tuple[SliceCase, int]:
         """A case and the first target slice in it."""
-        kind = self.rng.choice(list(SHARES), p=list(SHARES.values()))
-        if kind == HEALTHY and self.healthy:
-            case = self.healthy[self.rng.integers(len(self.healthy))]
-        else:
-            case = self.with_lesion[self.rng.integers(len(self.with_lesion))]
+        kind = rng.choice(list(SHARES), p=list(SHARES.values()))
+        cases = self.healthy if kind == HEALTHY and self.healthy else self.with_lesion
+        case = cases[rng.integers(len(cases))]
         if kind == LESION:
-            centre = int(self.rng.choice(case.lesion_slices)) - int(self.rng.integers(self.targets))
+            first = int(rng.choice(case.lesion_slices)) - int(rng.integers(self.targets))
         else:
-            centre = int(self.rng.integers(len(case.image)))
-        return case, int(np.clip(centre, 0, max(len(case.image) - self.targets, 0)))
+            first = int(rng.integers(len(case)))
+        return case, int(np.clip(first, 0, max(len(case) - self.targets, 0)))

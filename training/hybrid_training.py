@@ -1,28 +1,32 @@
-"""Train the hybrid network on a FLARE folder within a budget of minutes.
+"""Train the hybrid network on a FLARE folder within a budget of minutes or steps.
 
-    python -m training.hybrid_training --data FLARE_FOLDER --out RUN_DIR --minutes 60
+    python -m training hybrid --data FLARE_FOLDER --out RUN_DIR --minutes 60
 
-Source: SAMCancer Table 2: Adam 5e-4, batch 16 windows, Dice + cross-entropy; ours: stacks, so that each slice is
-encoded once; a cosine over the budget; averaged weights.
+Source: SAMCancer Table 2: He initialisation, Adam 5e-4, batch 16 windows, Dice + cross-entropy; ours: stacks, so that
+each slice is encoded once; averaged weights; positive prompts for some slices without a lesion.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import cast
 
 import numpy as np
 import torch
-import tyro
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
-from inference.hybrid.config import PRESETS
+from inference.hybrid.config import IMAGE_SIZE, PRESETS
 from inference.hybrid.model import Hybrid, channels_last
+from inference.hybrid.predict import run_stack
 from inference.slices import Plane, Resize
-from training.hybrid_data import SliceCase, Stacks, StackSampler, prepare
-from training.loop import Common, Run, train
-from training.losses import CLASSIFIER_WEIGHT, hybrid_loss, mask_loss
+from training.data import read_folder
+from training.hybrid_data import SliceCase, Stacks, StackSampler, slice_cases
+from training.loop import Common, Run, Task, train
+from training.losses import CLASSIFIER_WEIGHT, annealed_weight, dice, hybrid_loss, mask_loss
 from training.organs import OrganHeads
+from training.sam_checkpoint import load_sam
 
 VALIDATION_STACK = 16  # slices
 
@@ -38,73 +42,82 @@ class Settings(Common):
     crop: int = 96  # pixels a side of those
     crop_stacks: int = 6
     classifier_weight: float = CLASSIFIER_WEIGHT  # of its cross-entropy; the paper's suits the paper's 80 epochs
+    sam_checkpoint: Path | None = None  # official sam_vit_b weights to start from, for `base` and `paper`
+    weights: Path | None = None  # hybrid.safetensors of another run to start from
+
+
+class HybridTask(Task):
+    """Gated by the true class, but for a share of the slices without a lesion."""
+
+    network: Hybrid
+
+    def __init__(self, network: Hybrid, classifier_weight: float) -> None:
+        heads = OrganHeads([2 * network.config.cnn_width, network.config.prompt_dim])
+        heads.watch([network.cnn.ups[-2], network.vit.neck])
+        super().__init__(network, heads)
+        self.classifier_weight = classifier_weight
+
+    def example(self) -> Tensor:
+        """One window."""
+        return torch.zeros(1, 1 + 2 * self.network.config.radius, IMAGE_SIZE, IMAGE_SIZE)
+
+    def forward(self, stacks: Stacks, share: float) -> Tensor:
+        """Loss of whole slices, or of the CNN alone where they are crops."""
+        image, label, organs, known, shown = stacks
+        lesions = annealed_weight(share)
+        if image.shape[-1] < IMAGE_SIZE:
+            return mask_loss(self.network.cnn_alone(image), label, lesions) + self.heads.loss(organs)
+        output = self.network(image, shown)
+        present = label.flatten(2).any(dim=2)
+        loss = hybrid_loss(output.logits, output.presence, label, present, known, self.classifier_weight, lesions)
+        return loss + self.heads.loss(organs)
 
 
 def start(settings: Settings) -> Run:
     torch.manual_seed(settings.seed)
-    model = channels_last(Hybrid(PRESETS[settings.preset])).to(settings.device)
-    widths = [2 * PRESETS[settings.preset].cnn_width, PRESETS[settings.preset].prompt_dim]
-    run = Run(model, OrganHeads(widths), torch.optim.Adam, settings)
-    run.heads.watch([model.cnn.ups[-2], model.vit.neck])
-    return run
+    network = channels_last(Hybrid(PRESETS[settings.preset]))
+    if settings.sam_checkpoint:
+        load_sam(network, torch.load(settings.sam_checkpoint, weights_only=True, map_location="cpu"))
+    if settings.weights:
+        network.load_state_dict({name: value.float() for name, value in load_file(settings.weights).items()})
+    return Run(HybridTask(network, settings.classifier_weight), torch.optim.Adam, settings)
 
 
-def train_step(run: Run, stacks: Stacks) -> float:
-    """One step on stacks of whole slices; gated by the true class."""
-    image, label, organs = (tensor.to(run.device) for tensor in stacks)
-    present = label.flatten(2).any(dim=2)
-    with torch.autocast(run.device.type, torch.bfloat16):
-        output = run.model(image, present)
-        organ_loss = run.heads.loss(organs)
-    weight = cast(Settings, run.settings).classifier_weight
-    return run.update(hybrid_loss(output.logits, output.presence, label, present, weight) + organ_loss)
-
-
-def crop_step(run: Run, stacks: Stacks) -> float:
-    """One step of the CNN alone on crops."""
-    image, label, organs = (tensor.to(run.device) for tensor in stacks)
-    with torch.autocast(run.device.type, torch.bfloat16):
-        logits = cast(Hybrid, run.model).cnn_alone(image)
-        organ_loss = run.heads.loss(organs)
-    return run.update(mask_loss(logits, label) + organ_loss)
-
-
-def validate(run: Run, case: SliceCase, radius: int) -> tuple[float, float]:
-    """Dice of a case's slices around its largest lesion slice, and the accuracy of the presence classifier there."""
-    area = case.label.sum(axis=(1, 2), dtype=np.int64)
-    first = int(np.clip(area.argmax() - VALIDATION_STACK // 2, 0, max(len(area) - VALIDATION_STACK, 0)))
-    around = np.clip(np.arange(first - radius, first + VALIDATION_STACK + radius), 0, len(area) - 1)
-    with torch.autocast(run.device.type, torch.bfloat16):
-        output = run.average((torch.from_numpy(case.image[around]).float() / 255)[None].to(run.device))
-    label = torch.from_numpy(case.label[around[radius : radius + VALIDATION_STACK]]).bool()
-    mask = output.logits[0].cpu() > 0
-    total = int(mask.sum() + label.sum())
-    correct = output.presence[0].cpu().float().argmax(dim=1) == label.flatten(1).any(dim=1)
-    return (2 * int((mask & label).sum()) / total if total else 1.0), float(correct.float().mean())
+def validate(run: Run, case: SliceCase) -> tuple[float, float]:
+    """Dice of a whole scan, and the accuracy of the presence classifier over its slices."""
+    network = cast(Hybrid, run.average.module)
+    radius, masks, presence = network.config.radius, [], []
+    for first in range(0, len(case), VALIDATION_STACK):
+        last = min(first + VALIDATION_STACK, len(case))
+        around = np.clip(np.arange(first - radius, last + radius), 0, len(case) - 1)
+        with run.fabric.autocast():
+            logits, present = run_stack(network, torch.from_numpy(case.tissue[around]).float() / 255)
+        masks.append(logits.numpy() > 0)
+        presence.append(present.numpy() > 0.5)
+    correct = np.concatenate(presence) == case.label.any(axis=(1, 2))
+    return dice(np.concatenate(masks), case.label), float(correct.mean())
 
 
 def main(settings: Settings) -> None:
+    """Train; the best averaged weights are RUN_DIR/hybrid.safetensors."""
     settings.out.mkdir(parents=True, exist_ok=True)
-    cases = prepare(settings.data, settings.out / "cache", settings.plane, settings.resize)
+    entries = [entry for entry in read_folder(settings.data) if entry.teaches]
+    cases = slice_cases(settings.data, entries, settings.cache_folder, settings.plane, settings.resize, settings.jobs)
     run = start(settings)
     radius = PRESETS[settings.preset].radius
-    sampler = StackSampler(cases[: -settings.validation], settings.targets, radius, settings.seed + run.step)
+    sampler = StackSampler(cases[: -settings.validation], settings.targets, radius, settings.seed)
+
+    def batch(step: int) -> Stacks:
+        if run.budget.share(step) < settings.crop_share:
+            return sampler.batch(step, run.members(settings.crop_stacks), settings.crop)
+        return sampler.batch(step, run.members(settings.stacks))
 
     def scores() -> dict[str, float]:
-        pairs = np.array([validate(run, case, radius) for case in cases[-settings.validation :]])
-        return dict(zip(("dice", "presence"), pairs.mean(axis=0).tolist(), strict=True))
-
-    def step() -> float:
-        if run.budget.share < settings.crop_share:
-            return crop_step(run, sampler.batch(settings.crop_stacks, settings.crop))
-        return train_step(run, sampler.batch(settings.stacks))
+        means = run.mean([validate(run, case) for case in run.own(cases[-settings.validation :])], 2)
+        return {"dice": float(means[0]), "presence": float(means[1])}
 
     def keep() -> None:
         state = {name: value.contiguous() for name, value in run.average.module.state_dict().items()}
         save_file(state, settings.out / "hybrid.safetensors")
 
-    train(run, step, scores, keep)
-
-
-if __name__ == "__main__":
-    main(tyro.cli(Settings, description=__doc__))
+    train(run, batch, scores, keep)

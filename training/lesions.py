@@ -69,7 +69,7 @@ def add_lesions(p: Patient, organs: Canvas) -> tuple[Lesion, ...]:
         site = main
         if (not single_kind and found) or (attempt > 20 and not found):
             site = SITES[int(rng.choice(len(SITES), p=shares / shares.sum()))]
-        volume = _draw_volume(rng, site.largest_ml) * 0.9**attempt
+        volume = draw_volume(rng, site.largest_ml) * 0.9**attempt
         lesion = _place(p, site, max(volume, VOLUME_ML[0] * 1.3), organs, found)
         if lesion is not None:
             found.append(lesion)
@@ -77,7 +77,8 @@ def add_lesions(p: Patient, organs: Canvas) -> tuple[Lesion, ...]:
     return tuple(found)
 
 
-def _draw_volume(rng: np.random.Generator, largest_ml: float) -> float:
+def draw_volume(rng: np.random.Generator, largest_ml: float) -> float:
+    """Millilitres: most lesions between 1 and 60, some over the whole range."""
     low, high = (1.0, 60.0) if rng.random() < 0.75 else (VOLUME_ML[0] * 1.3, VOLUME_ML[1] * 0.95)
     return min(float(np.exp(rng.uniform(np.log(low), np.log(high)))), largest_ml * 0.95)
 
@@ -155,7 +156,7 @@ def _draw_hu(p: Patient, site: Site) -> float:
     return float(base + 20)
 
 
-def _shape(rng: np.random.Generator, lesion: Lesion) -> Shape:
+def lesion_shape(rng: np.random.Generator, lesion: Lesion) -> Shape:
     """One or a few blended ellipsoids with an uneven surface, of exactly the lesion's volume."""
     radius = radius_of(lesion.volume_ml)
     lumps: list[Shape] = []
@@ -197,4 +198,6 @@ def _part(p: Patient, site: Site, lesion: Lesion) -> Part:
         layers.append((rng.uniform(0.35, 0.65) * radius, Material(min(rng.uniform(12, 32), lesion.hu - 8), 3, 5)))
     blur = 0.0 if rng.random() < 0.5 else rng.uniform(1.5, 5.0)
     over = frozenset(int(o) for o in (*site.over, *site.homes))
-    return Part(_shape(rng, lesion), layers, int(site.homes[0]), over, min(blur, 0.5 * radius), SITE_CODE[site.name])
+    return Part(
+        lesion_shape(rng, lesion), layers, int(site.homes[0]), over, min(blur, 0.5 * radius), SITE_CODE[site.name]
+    )

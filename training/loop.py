@@ -1,30 +1,45 @@
-"""What both networks' training shares: a time budget that anneals the learning rate, averaged weights, checkpoints.
+"""What both networks' training shares: processes, a budget that anneals the learning rate, averages, checkpoints.
 
-The budget is wall-clock time, so that a run ends annealed whatever the machine.
+The budget is wall-clock time, so that a run ends annealed whatever the machine, or a number of steps, so that it is the
+same run on any machine. `torchrun --nproc-per-node N -m training …` trains with N processes, each on its share of the
+batch.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
+import os
 import time
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple, TypeVar, cast
 
+import numpy as np
 import torch
+from lightning_fabric import Fabric
+from lightning_fabric.loggers import TensorBoardLogger
+from lightning_fabric.strategies import DDPStrategy
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 from training.convolution import planar
+from training.cost import metered, size
+from training.losses import total
 from training.organs import OrganHeads
 
 WARM_UP = 0.02  # share of the budget
+STEP_DECAYS = 4  # of the `step` schedule, each by half
 CHECKPOINT, LOG = "checkpoint.pt", "log.jsonl"
-PARTS = ("model", "average", "heads", "optimizer")  # of a run, in its checkpoint
+PARTS = ("task", "average", "optimizer")  # of a run, in its checkpoint
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -32,123 +47,237 @@ class Common:
     """Settings of any run; a run is resumed by calling it again with the same `out`."""
 
     data: Path  # FLARE folder: imagesTr, labelsTr
-    out: Path  # run folder: cache, checkpoint, log, weights
-    minutes: float = 60.0  # wall-clock budget, over which the learning rate falls to zero
+    out: Path  # run folder: checkpoint, log, weights
+    cache: Path | None = None  # of the preprocessed cases, which runs may share; in the run folder where not given
+    minutes: float = 60.0  # wall-clock budget, over which the learning rate falls
+    steps: int = 0  # the budget in steps instead
+    schedule: Literal["cosine", "step"] = "cosine"  # to zero, or by half four times (the paper's "periodic decay")
     learning_rate: float = 5e-4
     decay: float = 0.99  # of the averaged weights
     clip: float = 1.0  # of the gradient's norm
     validation: int = 12  # cases kept out, the last ones by name
-    every_minutes: float = 8.0  # between validations
-    device: str = "cpu"
+    validations: int = 7  # checks of the averaged weights, evenly over the budget; the best are kept
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    precision: Literal["bf16-mixed", "16-mixed", "32-true"] = "bf16-mixed"
+    g_per_kwh: float = 445.0  # of CO₂ equivalent; the world's electricity in 2024
+    workers: int = 2  # threads that draw the next batches
+    jobs: int = 1  # processes that fill the cache
     seed: int = 0
+
+    @property
+    def cache_folder(self) -> Path:
+        return self.cache or self.out / "cache"
 
 
 @dataclass
 class Budget:
-    """Wall-clock minutes of a run; `spent_s` is carried over restarts."""
+    """Minutes or, where there are any, steps; `spent_s` and `step` are carried over restarts."""
 
     minutes: float
+    steps: int = 0
     spent_s: float = 0.0
+    step: int = 0
     _started: float = field(default_factory=time.monotonic)
 
     @property
     def seconds(self) -> float:
         return self.spent_s + time.monotonic() - self._started
 
-    @property
-    def share(self) -> float:
-        """0 at the start, 1 at the end."""
+    def share(self, step: int | None = None) -> float:
+        """0 at the start, 1 at the end; of the present step, or of another where steps are counted."""
+        if self.steps:
+            return min((self.step if step is None else step) / self.steps, 1.0)
         return min(self.seconds / (60 * self.minutes), 1.0)
 
-    @property
-    def learning_rate_factor(self) -> float:
-        """Linear warm-up, then half a cosine to zero at the end of the budget, however many steps fit in it."""
-        return min(self.share / WARM_UP, 0.5 * (1 + math.cos(math.pi * self.share)))
+
+def learning_rate_factor(share: float, schedule: str) -> float:
+    """Linear warm-up, then half a cosine to zero, or halves, by the end of the budget."""
+    after = 0.5 * (1 + math.cos(math.pi * share))
+    if schedule == "step":
+        after = 0.5 ** min(int(share * (STEP_DECAYS + 1)), STEP_DECAYS)
+    return min((share + 1e-9) / WARM_UP, after)
+
+
+class Task(nn.Module):
+    """A network, the heads of its second task, and `forward(batch, share of the budget)`, which gives the loss.
+
+    The heads are trained along and saved, never shipped.
+    """
+
+    def __init__(self, network: nn.Module, heads: OrganHeads) -> None:
+        super().__init__()
+        self.network, self.heads = network, heads
+
+    def example(self) -> Tensor:
+        """Zeros that the network takes, whose multiply-adds are told at the start."""
+        raise NotImplementedError
+
+
+def make_fabric(settings: Common) -> Fabric:
+    """One process, or those that torchrun started."""
+    local, world = (int(os.environ.get(name, 1)) for name in ("LOCAL_WORLD_SIZE", "WORLD_SIZE"))
+    strategy = DDPStrategy(find_unused_parameters=True) if world > 1 else "auto"
+    accelerator = settings.device
+    if accelerator == "auto":
+        accelerator = "cuda" if torch.cuda.is_available() else "cpu"
+    logger = TensorBoardLogger(settings.out, name="", version="")
+    fabric = Fabric(
+        accelerator=accelerator,
+        devices=local,
+        num_nodes=world // local,
+        strategy=strategy,
+        precision=settings.precision,
+        loggers=logger,
+    )
+    fabric.launch()
+    return fabric
 
 
 class Run:
-    """A network in training: its averaged weights, which validate and ship, its optimizer and its checkpoint.
+    """A task in training: its averaged network, which validates and ships, its optimizer and its checkpoint."""
 
-    heads: of the second task, trained along and saved, never shipped.
-    """
-
-    def __init__(
-        self, model: nn.Module, heads: OrganHeads, optimizer: Callable[..., torch.optim.Optimizer], settings: Common
-    ) -> None:
-        self.model, self.heads, self.settings = model, heads.to(settings.device), settings
-        self.parameters = [*model.parameters(), *heads.parameters()]
-        self.optimizer = optimizer(self.parameters, lr=settings.learning_rate)
-        self.average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(settings.decay))  # a plain copy
-        if settings.device == "cpu":
-            planar(model)
-        self.budget = Budget(settings.minutes)
-        self.step, self.best = 0, -1.0
+    def __init__(self, task: Task, optimizer: Callable[..., torch.optim.Optimizer], settings: Common) -> None:
+        self.settings, self.network = settings, task.network
+        self.fabric = make_fabric(settings)
+        average = AveragedModel(task.network, multi_avg_fn=get_ema_multi_avg_fn(settings.decay))  # a plain copy
+        self.average = average.to(self.fabric.device).requires_grad_(False)
+        if self.fabric.device.type == "cpu":
+            planar(task.network)
+        self.task, self.optimizer = self.fabric.setup(task, optimizer(task.parameters(), lr=settings.learning_rate))
+        self.budget, self.best = Budget(settings.minutes, settings.steps), -1.0
         if (settings.out / CHECKPOINT).exists():
             self._load(settings.out / CHECKPOINT)
 
-    @property
-    def device(self) -> torch.device:
-        return next(self.model.parameters()).device
+    def example(self) -> Tensor:
+        return cast(Task, self.task.module).example().to(self.fabric.device)
 
-    def update(self, loss: Tensor) -> float:
-        """One optimizer step at the budget's learning rate; left out where the gradient is not finite."""
+    @property
+    def step(self) -> int:
+        return self.budget.step
+
+    def share(self) -> float:
+        """Of the budget, the same in all processes."""
+        share = self.budget.share()
+        return share if self.fabric.world_size == 1 else float(self.fabric.broadcast(share))
+
+    def members(self, batch: int) -> range:
+        """This process's members of a batch. ValueError where they cannot be shared out evenly."""
+        if batch % self.fabric.world_size:
+            raise ValueError(f"a batch of {batch} cannot be shared by {self.fabric.world_size} processes")
+        return range(self.fabric.global_rank, batch, self.fabric.world_size)
+
+    def own(self, cases: list[T]) -> list[T]:
+        """This process's share of the cases to validate on."""
+        return cases[self.fabric.global_rank :: self.fabric.world_size]
+
+    def mean(self, rows: list[tuple[float, ...]], width: int) -> NDArray[np.float64]:
+        """Mean of the rows, each `width` numbers, of all processes."""
+        own = np.array(rows, float).reshape(-1, width)
+        sums = total(torch.tensor([*own.sum(axis=0), len(own)], dtype=torch.float32, device=self.fabric.device))
+        return (sums[:-1] / sums[-1]).cpu().numpy()
+
+    def advance(self, batch: NamedTuple) -> float:
+        """One step of the optimizer on this process's part of a batch; left out where the gradient is not finite."""
+        share = self.share()
         for group in self.optimizer.param_groups:
-            group["lr"] = self.settings.learning_rate * self.budget.learning_rate_factor
+            group["lr"] = self.settings.learning_rate * learning_rate_factor(share, self.settings.schedule)
+        self.task.train()
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.settings.clip)
-        if norm.isfinite():
+        loss = self.task(self.fabric.to_device(batch), share)
+        self.fabric.backward(loss)
+        norm = self.fabric.clip_gradients(
+            self.task, self.optimizer, max_norm=self.settings.clip, error_if_nonfinite=False
+        )
+        if norm is None or norm.isfinite():
             self.optimizer.step()
-        self.average.update_parameters(self.model)
-        self.step += 1
+        self.average.update_parameters(self.network)
+        self.budget.step += 1
         return float(loss.detach())
 
     def save(self) -> None:
         """Write the checkpoint, whole or not at all."""
-        path = self.settings.out / CHECKPOINT
-        temporary = path.with_name(f".{path.name}.tmp")
-        parts = {name: getattr(self, name).state_dict() for name in PARTS}
-        torch.save({**parts, "spent_s": self.budget.seconds, "step": self.step, "best": self.best}, temporary)
-        temporary.replace(path)
+        if self.fabric.is_global_zero:
+            path = self.settings.out / CHECKPOINT
+            temporary = path.with_name(f".{path.name}.tmp")
+            parts = {name: getattr(self, name).state_dict() for name in PARTS}
+            state = {"spent_s": self.budget.seconds, "step": self.step, "best": self.best}
+            torch.save({**parts, **state}, temporary)
+            temporary.replace(path)
+        self.fabric.barrier()
 
     def _load(self, path: Path) -> None:
-        state = torch.load(path, weights_only=True)
+        state = torch.load(path, weights_only=True, map_location=self.fabric.device)
         for name in PARTS:
             getattr(self, name).load_state_dict(state[name])
-        self.budget.spent_s, self.step, self.best = state["spent_s"], state["step"], state["best"]
+        self.budget.spent_s, self.budget.step, self.best = state["spent_s"], state["step"], state["best"]
+
+
+def ahead(make: Callable[[int], T], first: int, workers: int) -> Iterator[T]:
+    """make(first), make(first + 1), …, drawn by threads while the network computes; without threads where 0."""
+    if not workers:
+        yield from map(make, itertools.count(first))
+    with ThreadPoolExecutor(workers) as pool:
+        waiting = deque(pool.submit(make, first + offset) for offset in range(workers))
+        for step in itertools.count(first + workers):
+            yield waiting.popleft().result()
+            waiting.append(pool.submit(make, step))
 
 
 def train(
-    run: Run, step: Callable[[], float], validate: Callable[[], dict[str, float]], keep: Callable[[], object]
+    run: Run, batch: Callable[[int], Any], validate: Callable[[], dict[str, float]], keep: Callable[[], object]
 ) -> None:
-    """Step until the budget is spent; validate now and then, and `keep` the averaged weights of the best Dice."""
-    checked = run.budget.seconds
-    settings = {key: value for key, value in asdict(run.settings).items() if key not in ("data", "out")}
-    log(run, start=settings)
-    bar_format = "{l_bar}{bar}| {n:.1f}/{total} min {postfix}"
-    with tqdm(total=round(run.settings.minutes), unit="min", bar_format=bar_format) as bar:
-        while run.budget.share < 1:
-            bar.set_postfix(step=run.step, loss=f"{step():.3f}")
-            bar.n = run.budget.seconds / 60
-            if run.budget.seconds - checked > 60 * run.settings.every_minutes or run.budget.share == 1:
+    """Step until the budget is spent; validate now and then, and `keep` the averaged weights of the best Dice.
+
+    batch: of a step; this process's members of it.
+    """
+    if run.share() == 1:
+        return
+    settings = {key: value for key, value in asdict(run.settings).items() if not isinstance(value, Path)}
+    log(run, start=settings, processes=run.fabric.world_size, **size(run.average.module, run.example()))
+    with metered(run.settings.g_per_kwh) as spent:
+        _until_spent(run, batch, validate, keep)
+    log(run, **spent)
+
+
+def _until_spent(
+    run: Run, batch: Callable[[int], Any], validate: Callable[[], dict[str, float]], keep: Callable[[], object]
+) -> None:
+    every = 1 / run.settings.validations
+    due = every * (1 + int(run.share() / every + 1e-9))
+    bar_format = "{l_bar}{bar}| {n:.3f} of the budget, {elapsed} {postfix}"
+    hidden = not run.fabric.is_global_zero
+    with tqdm(total=1, bar_format=bar_format, disable=hidden) as bar:
+        for drawn in ahead(batch, run.step, run.settings.workers):
+            loss = run.advance(drawn)
+            share = run.share()
+            run.fabric.log("loss", loss, run.step)
+            bar.set_postfix(step=run.step, loss=f"{loss:.3f}", refresh=False)
+            bar.update(share - bar.n)
+            if share >= due - 1e-9 or share == 1:
                 check(run, validate, keep)
-                checked = run.budget.seconds
+                due = every * (1 + int(share / every + 1e-9))
+            if share == 1:
+                return
 
 
 @torch.no_grad()
 def check(run: Run, validate: Callable[[], dict[str, float]], keep: Callable[[], object]) -> None:
     run.average.eval()
     scores = validate()
-    log(run, step=run.step, minutes=round(run.budget.seconds / 60, 1), **scores)
-    tqdm.write(f"step {run.step}: " + ", ".join(f"{name} {value:.3f}" for name, value in scores.items()))
+    rounded = {name: round(value, 4) for name, value in scores.items()}
+    log(run, step=run.step, minutes=round(run.budget.seconds / 60, 1), **rounded)
+    run.fabric.log_dict(scores, run.step)
     if scores["dice"] >= run.best:
         run.best = scores["dice"]
-        keep()
+        if run.fabric.is_global_zero:
+            keep()
     run.save()
 
 
 def log(run: Run, **values: Any) -> None:
-    """Append one dated JSON line."""
-    line = {"date": datetime.now(UTC).isoformat(timespec="seconds"), **values}
-    with (run.settings.out / LOG).open("a") as file:
-        file.write(json.dumps(line) + "\n")
+    """Append one dated JSON line, and say it."""
+    if run.fabric.is_global_zero:
+        tqdm.write(", ".join(f"{name} {value}" for name, value in values.items() if not isinstance(value, dict)))
+        line = {"date": datetime.now(UTC).isoformat(timespec="seconds"), **values}
+        with (run.settings.out / LOG).open("a") as file:
+            file.write(json.dumps(line) + "\n")

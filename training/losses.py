@@ -1,33 +1,75 @@
-"""Losses of the hybrid network. Source: SAMCancer Table 2 (Dice + cross-entropy; the classifier's × 0.1)."""
+"""Losses of both networks, and the Dice they stand for.
+
+Source: SAMCancer Table 2 (Dice + cross-entropy; the classifier's × 0.1).
+"""
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
+from torch.distributed.nn.functional import all_reduce
 
 CLASSIFIER_WEIGHT = 0.1
-LESION_WEIGHT = 10.0  # of a lesion's pixel in the cross-entropy: they are 0.3 % of all, and alone would not be heard
+LESION_WEIGHT = 10.0  # of a lesion's pixel in the cross-entropy, at first: being 0.3 % of all, they would not be heard
 SMOOTH = 1.0  # voxels
 
 
+def dice(mask: NDArray[Any], label: NDArray[Any]) -> float:
+    """1 where both are empty, 0 where exactly one is, as FLARE grades; any shape."""
+    mask, label = mask > 0, label > 0
+    total = int(mask.sum()) + int(label.sum())
+    return 2 * int((mask & label).sum()) / total if total else 1.0
+
+
 def soft_dice_loss(logits: Tensor, target: Tensor) -> Tensor:
-    """1 − Dice over the whole batch, so that slices without a lesion count by their false positives. Any shape."""
+    """1 − Dice over the whole batch, so that slices without a lesion count by their false positives. Any shape.
+
+    Where several processes share the batch, it is the Dice of all of it, as in one process.
+    """
     probability = logits.sigmoid()
-    overlap = (probability * target).sum()
-    return 1 - (2 * overlap + SMOOTH) / (probability.sum() + target.sum() + SMOOTH)
+    sums = torch.stack([(probability * target).sum(), probability.sum(), target.sum()])
+    overlap, predicted, true = total(sums)
+    return 1 - (2 * overlap + SMOOTH) / (predicted + true + SMOOTH)
 
 
-def mask_loss(logits: Tensor, target: Tensor) -> Tensor:
+def total(values: Tensor) -> Tensor:
+    """Sum over all processes, through which gradients flow; `values` itself where there is one."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return values
+    return all_reduce(values)
+
+
+def annealed_weight(share: float) -> float:
+    """`LESION_WEIGHT` at the start of the budget, 1 at its end: a network that ends there is not biased to lesions."""
+    return float(LESION_WEIGHT ** (1 - share))
+
+
+def mask_loss(logits: Tensor, target: Tensor, lesion_weight: float = 1.0) -> Tensor:
     """Dice + weighted cross-entropy, in float32; any shape."""
     logits = logits.float()
-    weight = torch.tensor(LESION_WEIGHT, device=logits.device)
+    weight = torch.tensor(lesion_weight, device=logits.device)
     return soft_dice_loss(logits, target) + F.binary_cross_entropy_with_logits(logits, target, pos_weight=weight)
 
 
 def hybrid_loss(
-    logits: Tensor, presence: Tensor, target: Tensor, present: Tensor, classifier_weight: float = CLASSIFIER_WEIGHT
+    logits: Tensor,
+    presence: Tensor,
+    target: Tensor,
+    present: Tensor,
+    known: Tensor | None = None,
+    classifier_weight: float = CLASSIFIER_WEIGHT,
+    lesion_weight: float = 1.0,
 ) -> Tensor:
-    """logits, target: (N, S, H, W); presence: logits (N, S, 2); present: (N, S) bool."""
-    classifier = F.cross_entropy(presence.float().flatten(0, 1), present.flatten().long())
-    return mask_loss(logits, target) + classifier_weight * classifier
+    """logits, target: (N, S, H, W); presence: logits (N, S, 2); present: (N, S) bool.
+
+    known: (N, S) bool; the classifier learns from these slices only, where some are not known to hold a lesion or none.
+    """
+    known = torch.ones_like(present) if known is None else known
+    each = F.cross_entropy(presence.float().flatten(0, 1), present.flatten().long(), reduction="none")
+    classifier = (each * known.flatten()).sum() / known.numel()
+    return mask_loss(logits, target, lesion_weight) + classifier_weight * classifier

@@ -4,17 +4,17 @@
 renders the scene on the scanner's grid (`scene.py`) and adds noise. Axis order is (z, y, x): z feet to head,
 y anterior to posterior, x right to left, which is LPS.
 
-    python -m training.phantom --out DIR --count 100 --seed 0 --jobs 4
+    python -m training phantoms --out DIR --count 100 --seed 0 --jobs 4
 """
 
 from __future__ import annotations
 
-import argparse
 import csv
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import nibabel as nib
 import numpy as np
@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from training import anatomy, skeleton, viscera
 from training.anatomy import Patient
+from training.data import COLUMNS
 from training.lesions import SITE_CODE, Lesion, add_lesions
 from training.scene import Canvas, render
 from training.shapes import Array, Axes
@@ -198,69 +199,73 @@ def _scan(rng: np.random.Generator, canvas: Canvas, scanner: Scanner, patient: P
 
 
 def write_flare(phantom: Phantom, folder: Path | str, name: str) -> None:
-    """Write `imagesTr/NAME_0000.nii.gz` (int16 HU), `labelsTr/NAME.nii.gz` and `organsTr/NAME.nii.gz` (uint8), LPS."""
-    z, y, x = phantom.spacing_mm
-    # NIfTI counts in RAS: x and y point the other way than in LPS.
-    affine = np.diag([-x, -y, z, 1.0])
-    places = ("imagesTr/{}_0000", "labelsTr/{}", "organsTr/{}")
-    for place, array in zip(places, (phantom.hu, phantom.lesions, phantom.organs), strict=True):
-        path = Path(folder) / (place.format(name) + ".nii.gz")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        image = nib.Nifti1Image(np.ascontiguousarray(array.transpose(2, 1, 0)), affine)
-        image.set_data_dtype(array.dtype)
-        image.header.set_xyzt_units("mm")
-        image.set_sform(affine, code=1)
-        image.set_qform(affine, code=1)
-        nib.save(image, path)
+    """Write `imagesTr/NAME_0000.nii.gz` (int16 HU) and `NAME.nii.gz` in labelsTr, completeTr and organsTr (uint8)."""
+    arrays = {
+        f"imagesTr/{name}_0000": phantom.hu,
+        f"labelsTr/{name}": phantom.lesions,
+        f"completeTr/{name}": phantom.lesions,
+        f"organsTr/{name}": phantom.organs,
+    }
+    for place, array in arrays.items():
+        write_nifti(array, phantom.spacing_mm, Path(folder) / f"{place}.nii.gz")
 
 
-def _write_case(seed: int, folder: Path, healthy_share: float, network_grid: bool) -> dict[str, str | int]:
+def write_nifti(array: Array, spacing_mm: tuple[float, float, float], path: Path) -> None:
+    """Write an array (z, y, x) of LPS axes; its folder is made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    z, y, x = spacing_mm
+    affine = np.diag([-x, -y, z, 1.0])  # NIfTI counts in RAS: x and y point the other way than in LPS
+    image = nib.Nifti1Image(np.ascontiguousarray(array.transpose(2, 1, 0)), affine)
+    image.set_data_dtype(array.dtype)
+    image.header.set_xyzt_units("mm")
+    image.set_sform(affine, code=1)
+    image.set_qform(affine, code=1)
+    nib.save(image, path)
+
+
+@dataclass(frozen=True)
+class Settings:
+    out: Path  # FLARE folder to write
+    count: int  # scans
+    seed: int = 0  # of the first scan; the next ones count up
+    jobs: int = 1  # processes
+    healthy_share: float = HEALTHY_SHARE  # of the scans are free of lesions
+    partial_share: float = 0.0  # of the diseased scans: only the lesions of one site are annotated
+    network_grid: bool = False  # 256×256 scans as the networks see them, at a fifth of the time and space
+
+
+def _write_case(seed: int, settings: Settings) -> dict[str, str | int]:
+    """Write one phantom; its row of `cases.csv`."""
     rng = np.random.default_rng((PHANTOM_VERSION, seed, 7))
-    scanner = Scanner.training(rng) if network_grid else None
-    phantom = make_phantom(seed, healthy=is_healthy(seed, healthy_share), scanner=scanner)
+    scanner = Scanner.training(rng) if settings.network_grid else None
+    phantom = make_phantom(seed, healthy=is_healthy(seed, settings.healthy_share), scanner=scanner)
     name = f"phantom_{seed:06d}"
-    write_flare(phantom, folder, name)
-    return {"case": name, "annotated": 1, "healthy": int(phantom.healthy), "lesion_type": phantom.lesion_type}
+    write_flare(phantom, settings.out, name)
+    annotated = "complete"
+    if not phantom.healthy and rng.random() < settings.partial_share:
+        site = str(rng.choice(sorted({lesion.site for lesion in phantom.drawn})))
+        write_nifti(phantom.annotated_by_site(site), phantom.spacing_mm, settings.out / "labelsTr" / f"{name}.nii.gz")
+        annotated = "partial"
+    return {
+        "case": name, "annotated": annotated, "healthy": int(phantom.healthy), "lesion_type": phantom.lesion_type
+    }  # fmt: skip
 
 
-def write_dataset(
-    folder: Path,
-    count: int,
-    seed: int,
-    jobs: int = 1,
-    healthy_share: float = HEALTHY_SHARE,
-    network_grid: bool = False,
-) -> None:
-    """Write phantoms of `count` seeds from `seed` on as a FLARE folder, with `cases.csv`.
+def main(settings: Settings) -> None:
+    """Write procedural CTs with lesions as a FLARE folder, and `cases.csv`.
 
-    network_grid: render at the networks' own resolution (`Scanner.training`), at a fifth of the time and space.
+    labelsTr is what annotators left, completeTr all lesions, organsTr the organ of every voxel.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    work = partial(_write_case, folder=folder, healthy_share=healthy_share, network_grid=network_grid)
-    seeds = range(seed, seed + count)
-    if jobs > 1:
-        with ProcessPoolExecutor(jobs) as pool:
-            rows = list(tqdm(pool.map(work, seeds), total=count, unit="scan"))
+    settings.out.mkdir(parents=True, exist_ok=True)
+    work = partial(_write_case, settings=settings)
+    seeds = range(settings.seed, settings.seed + settings.count)
+    bar: dict[str, Any] = {"total": settings.count, "unit": "scan"}
+    if settings.jobs > 1:
+        with ProcessPoolExecutor(settings.jobs) as pool:
+            rows = list(tqdm(pool.map(work, seeds), **bar))
     else:
-        rows = [work(s) for s in tqdm(seeds, unit="scan")]
-    with (folder / "cases.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, ("case", "annotated", "healthy", "lesion_type"))
+        rows = list(tqdm(map(work, seeds), **bar))
+    with (settings.out / "cases.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS)
         writer.writeheader()
         writer.writerows(rows)
-
-
-def main() -> None:
-    """Command line."""
-    parser = argparse.ArgumentParser("python -m training.phantom", description="Write procedural CTs with lesions.")
-    parser.add_argument("--out", type=Path, required=True, help="FLARE folder to write")
-    parser.add_argument("--count", type=int, required=True, help="number of scans")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the first scan; the next ones count up")
-    parser.add_argument("--jobs", type=int, default=1, help="processes")
-    parser.add_argument("--healthy-share", type=float, default=HEALTHY_SHARE, help="share of scans without lesions")
-    parser.add_argument("--network-grid", action="store_true", help="256×256 scans, as the networks see them")
-    args = parser.parse_args()
-    write_dataset(args.out, args.count, args.seed, args.jobs, args.healthy_share, args.network_grid)
-
-
-if __name__ == "__main__":
-    main()

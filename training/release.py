@@ -1,6 +1,6 @@
 """Put trained networks together as a folder of weights that `inference/` loads.
 
-python -m training.release --hybrid RUN/hybrid.safetensors --unet RUN/unet.onnx --out weights/NAME
+python -m training release --hybrid RUN/hybrid.safetensors --unet RUN/unet.onnx --out weights/NAME
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import tyro
 from safetensors.torch import load_file, save
 
 from inference.fusion import FusionThresholds
@@ -63,7 +62,7 @@ def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
 
 @dataclass(frozen=True)
 class Settings:
-    """Of one release; thresholds are the defaults until `training.calibration` sets them."""
+    """Of one release; thresholds are the defaults until `calibrate` sets them."""
 
     hybrid: Path  # hybrid.safetensors of a hybrid run
     unet: Path  # unet.onnx of a UNet run
@@ -76,6 +75,7 @@ class Settings:
 
 
 def main(settings: Settings) -> None:
+    """Put trained networks together as a folder of weights."""
     recipe = Recipe(
         settings.out.name,
         PRESETS[settings.preset],
@@ -85,7 +85,3 @@ def main(settings: Settings) -> None:
         training={"how": settings.how},
     )
     release(load_file(settings.hybrid), settings.unet.read_bytes(), recipe, settings.out)
-
-
-if __name__ == "__main__":
-    main(tyro.cli(Settings, description=__doc__))

@@ -18,8 +18,10 @@ PARITY = 1e-4  # largest difference of probabilities that an export may show
 
 
 def build_unet(config: UNetConfig) -> DynUNet:
-    """Four levels, 3×3×3 convolutions, instance norm, leaky ReLU; 5.6 M parameters at 32 features.
+    """Four levels, 3×3×3 convolutions, batch norm, leaky ReLU; 5.6 M parameters at 32 features.
 
+    Batch norm where nnU-Net has instance norm: the network may then learn on smaller patches than it is used on, which
+    instance norm takes for another picture, and the export folds it into the convolutions.
     In training mode it gives (N, 3, 1, z, y, x): logits of the three finest levels, for deep supervision.
     """
     return DynUNet(
@@ -30,7 +32,7 @@ def build_unet(config: UNetConfig) -> DynUNet:
         strides=[1] + [2] * (LEVELS - 1),
         upsample_kernel_size=[2] * (LEVELS - 1),
         filters=[config.features * 2**level for level in range(LEVELS)],
-        norm_name=("INSTANCE", {"affine": True}),
+        norm_name="BATCH",
         deep_supervision=True,
         deep_supr_num=2,
     )

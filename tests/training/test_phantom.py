@@ -10,7 +10,7 @@ import pytest
 
 from training.anatomy import Organ
 from training.lesions import SITE_CODE, VOLUME_ML
-from training.phantom import Phantom, Scanner, is_healthy, make_phantom, noise_sd, write_dataset, write_flare
+from training.phantom import Phantom, Scanner, Settings, is_healthy, main, make_phantom, noise_sd, write_flare
 from training.scene import Material, Part, render
 from training.shapes import Ellipsoid, SmoothField, Tube
 
@@ -191,13 +191,18 @@ def test_flare_files(tmp_path: Path, diseased: list[Phantom]) -> None:
 
 def test_dataset_is_complete(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Scanner, "random", classmethod(lambda *_: SMALL))
-    write_dataset(tmp_path, count=3, seed=5, healthy_share=0.5)
+    main(Settings(tmp_path, count=3, seed=5, healthy_share=0.5, partial_share=1.0))
     with (tmp_path / "cases.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [row["case"] for row in rows] == ["phantom_000005", "phantom_000006", "phantom_000007"]
     for row in rows:
         assert set(row) == {"case", "annotated", "healthy", "lesion_type"}
-        assert row["annotated"] == "1"
+        assert row["annotated"] == ("complete" if row["healthy"] == "1" else "partial")
         assert (tmp_path / "imagesTr" / f"{row['case']}_0000.nii.gz").exists()
-        label = np.asarray(nib.load(tmp_path / "labelsTr" / f"{row['case']}.nii.gz").dataobj)
+        label, complete = (
+            np.asarray(nib.load(tmp_path / part / f"{row['case']}.nii.gz").dataobj)
+            for part in ("labelsTr", "completeTr")
+        )
+        assert complete[label > 0].all()
+        assert (label != complete).any() == (row["lesion_type"] == "mixed")
         assert label.any() == (row["healthy"] == "0") == (row["lesion_type"] != "none")

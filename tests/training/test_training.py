@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
-import nibabel as nib
 import numpy as np
 import pytest
 import torch
@@ -14,47 +14,15 @@ from inference.unet import UNetConfig
 from training import hybrid_training, unet_training
 from training.anatomy import Organ
 from training.augmentation import InPlane, Intensity, RandomInPlane, RandomIntensity
-from training.calibration import CHOICES, SEARCHED, Operating, Predicted, calibrate, dice, predict
-from training.data import Case, case_names, load_case
-from training.hybrid_data import StackSampler, prepare
-from training.loop import Budget, train
-from training.losses import hybrid_loss, mask_loss, soft_dice_loss
+from training.calibration import CHOICES, SEARCHED, Operating, Predicted, calibrate, predict
+from training.data import Case, Entry, read_folder
+from training.hybrid_data import StackSampler, slice_cases
+from training.loop import Budget, Run, learning_rate_factor, train
+from training.losses import annealed_weight, dice, hybrid_loss, mask_loss, soft_dice_loss
 from training.organs import UNKNOWN, WEIGHT, OrganHeads
-from training.unet_data import PatchSampler, cut
-from training.unet_data import prepare as prepare_grids
+from training.unet_data import PatchSampler, cut, grid_cases
 
 TINY = HybridConfig(32, 4, 2, 0, cnn_width=4, prompt_dim=16)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    """Six scans of 150×150×60 mm, four with a bright cube; the organs of all but the last are known."""
-    root = tmp_path_factory.mktemp("flare")
-    for part in ("imagesTr", "labelsTr", "organsTr"):
-        (root / part).mkdir()
-    for index in range(6):
-        rng = np.random.default_rng(index)
-        hu = rng.normal(0, 10, (50, 50, 20))
-        label = np.zeros(hu.shape, np.uint8)
-        if index < 4:
-            i, j, k = rng.integers(5, 25, 3) // np.array([1, 1, 3])
-            label[i : i + 15, j : j + 15, k : k + 8] = 1
-        hu[label > 0] += 150
-        affine = np.diag([-3.0, -3.0, 3.0, 1.0])
-        nib.save(nib.Nifti1Image(hu.astype(np.int16), affine), root / "imagesTr" / f"c{index}_0000.nii.gz")
-        nib.save(nib.Nifti1Image(label, affine), root / "labelsTr" / f"c{index}.nii.gz")
-        if index < 5:
-            organs = np.where(label, Organ.LIVER, Organ.SPLEEN).astype(np.uint8)
-            nib.save(nib.Nifti1Image(organs, affine), root / "organsTr" / f"c{index}.nii.gz")
-    return root
-
-
-def test_cases_are_found_and_aligned(folder) -> None:
-    assert case_names(folder) == [f"c{i}" for i in range(6)]
-    case = load_case(folder, "c1")
-    assert case.hu[case.label > 0].min() > 90 > case.hu[case.label == 0].max()
-    with pytest.raises(ValueError, match="imagesTr"):
-        case_names(folder / "labelsTr")
 
 
 @pytest.fixture(autouse=True)
@@ -64,25 +32,53 @@ def tiny_preset(monkeypatch) -> None:
 
 def hybrid_settings(folder: Path, out: Path) -> hybrid_training.Settings:
     out.mkdir(exist_ok=True)
-    return hybrid_training.Settings(folder, out, stacks=1, targets=3, learning_rate=3e-3, decay=0.5)
+    return hybrid_training.Settings(
+        folder, out, stacks=1, targets=3, learning_rate=3e-3, decay=0.5, validation=2, device="cpu"
+    )
 
 
-def test_hybrid_learns_and_resumes(folder, tmp_path) -> None:
-    settings = hybrid_settings(folder, tmp_path / "run")
-    sampler = StackSampler(prepare(folder, tmp_path / "cache", "axial", "square"), 3, 2, seed=0)
-    batch = sampler.batch(1)
-    run = hybrid_training.start(settings)
+def stack_sampler(folder: Path, cache: Path, targets: int, seed: int = 0) -> StackSampler:
+    return StackSampler(slice_cases(folder, read_folder(folder), cache, "axial", "square"), targets, 2, seed)
+
+
+def patch_sampler(folder: Path, cache: Path, config: UNetConfig) -> PatchSampler:
+    return PatchSampler(grid_cases(folder, read_folder(folder), cache, config), config, seed=0)
+
+
+def test_hybrid_learns(folder, tmp_path) -> None:
+    batch = stack_sampler(folder, tmp_path / "cache", 3).batch(1, range(1))
+    run = hybrid_training.start(hybrid_settings(folder, tmp_path / "run"))
     run.budget.spent_s = 30 * 60  # past the warm-up
-    losses = [hybrid_training.train_step(run, batch) for _ in range(25)]
+    losses = [run.advance(batch) for _ in range(25)]
     assert min(losses[-5:]) < 0.8 * losses[0]
-    run.save()
-    again = hybrid_training.start(settings)
-    assert again.step == 25
-    assert again.budget.seconds == pytest.approx(run.budget.seconds, abs=5)
-    torch.manual_seed(1)
-    following = hybrid_training.train_step(run, batch)
-    torch.manual_seed(1)
-    assert hybrid_training.train_step(again, batch) == pytest.approx(following, rel=1e-2)
+
+
+@pytest.mark.parametrize("module", [hybrid_training, unet_training])
+def test_a_run_that_was_cut_off_goes_on_as_if_it_had_not_been(folder, tmp_path, module) -> None:
+    """In steps: four, then a new process would do the last four; or eight at once."""
+    sizes = {"stacks": 2, "targets": 2} if module is hybrid_training else {"features": 4, "patch": (16, 32, 32)}
+    losses: dict[str, list[float]] = {"whole": [], "parts": []}
+    advance = Run.advance
+    for name, breaks in (("whole", [8]), ("parts", [4, 8])):
+        for stop in breaks:
+            run = replace(
+                module.Settings(folder, tmp_path / name, **sizes), steps=8, validations=2, validation=2, device="cpu"
+            )
+            with pytest.MonkeyPatch.context() as patch:
+
+                def recorded(self: Run, batch, name=name, stop=stop) -> float:
+                    if self.step == stop:
+                        raise KeyboardInterrupt
+                    losses[name].append(advance(self, batch))
+                    return losses[name][-1]
+
+                patch.setattr(Run, "advance", recorded)
+                try:
+                    module.main(run)
+                except KeyboardInterrupt:
+                    assert stop == 4
+    assert len(losses["parts"]) == 8
+    assert losses["parts"] == pytest.approx(losses["whole"], rel=1e-3)
 
 
 @pytest.mark.parametrize("patch", [(8, 32, 32), (20, 32, 32)])
@@ -97,14 +93,14 @@ def test_the_thinnest_patch_has_float32s_gradients(folder, tmp_path) -> None:
     (tmp_path / "run").mkdir()
     settings = unet_training.Settings(folder, tmp_path / "run", features=4, patch=(16, 32, 32))
     run = unet_training.start(settings)
-    batch = PatchSampler(prepare_grids(folder, tmp_path / "cache", config), config, seed=0).batch(2, settings.patch)
+    batch = patch_sampler(folder, tmp_path / "cache", config).batch(0, range(2), settings.patch)
     norms = []
     for dtype in (torch.float32, torch.bfloat16):
-        run.model.zero_grad()
+        run.network.zero_grad()
         with torch.autocast("cpu", dtype, enabled=dtype == torch.bfloat16):
-            outputs = run.model(batch.image)
+            outputs = run.network(batch.image)
         unet_training.supervised_loss(outputs, batch.label).backward()
-        norms.append(torch.cat([p.grad.flatten() for p in run.model.parameters() if p.grad is not None]).norm())
+        norms.append(torch.cat([p.grad.flatten() for p in run.network.parameters() if p.grad is not None]).norm())
     assert norms[1] == pytest.approx(norms[0].item(), rel=0.1)
 
 
@@ -112,10 +108,10 @@ def test_unet_learns(folder, tmp_path) -> None:
     config = UNetConfig(features=4)
     settings = unet_training.Settings(folder, tmp_path / "run", features=4, learning_rate=1e-2)
     (tmp_path / "run").mkdir()
-    sampler = PatchSampler(prepare_grids(folder, tmp_path / "cache", config), config, seed=0)
+    sampler = patch_sampler(folder, tmp_path / "cache", config)
     run = unet_training.start(settings)
     run.budget.spent_s = 30 * 60
-    losses = [unet_training.train_step(run, sampler.batch(2, (32, 32, 32))) for _ in range(30)]
+    losses = [run.advance(sampler.batch(step, range(2), (32, 32, 32))) for step in range(30)]
     assert np.mean(losses[-5:]) < 0.7 * np.mean(losses[:3])
 
 
@@ -123,7 +119,7 @@ def test_unet_learns(folder, tmp_path) -> None:
 def test_a_whole_run_writes_its_weights(folder, tmp_path, module) -> None:
     if module == "hybrid":
         hybrid_training.main(
-            hybrid_training.Settings(folder, tmp_path, 0.05, every_minutes=0.02, validation=2, stacks=1, targets=2)
+            hybrid_training.Settings(folder, tmp_path, 0.05, validations=2, validation=2, stacks=1, targets=2)
         )
         assert (tmp_path / "hybrid.safetensors").exists()
     else:
@@ -135,25 +131,19 @@ def test_a_whole_run_writes_its_weights(folder, tmp_path, module) -> None:
 
 
 def test_best_average_is_kept(folder, tmp_path) -> None:
-    run = hybrid_training.start(hybrid_settings(folder, tmp_path))
+    """Three checks in six steps, of which the second is the best."""
+    run = hybrid_training.start(replace(hybrid_settings(folder, tmp_path), steps=6, validations=3, workers=0))
+    batch = stack_sampler(folder, tmp_path / "cache", 2).batch(0, range(1))
     kept = []
     scores = iter([0.3, 0.5, 0.4])
-
-    def step() -> float:
-        run.step += 1
-        run.budget.spent_s += 60 * 21  # a third of the hour
-        return 0.0
-
-    object.__setattr__(run.settings, "every_minutes", 1.0)
-    train(run, step, lambda: {"dice": next(scores)}, lambda: kept.append(run.step))
-    assert kept == [1, 2]
+    train(run, lambda _: batch, lambda: {"dice": next(scores)}, lambda: kept.append(run.step))
+    assert kept == [2, 4]
 
 
 def test_cnn_alone_learns_on_crops(folder, tmp_path) -> None:
     run = hybrid_training.start(hybrid_settings(folder, tmp_path / "run"))
     run.budget.spent_s = 30 * 60
-    sampler = StackSampler(prepare(folder, tmp_path / "cache", "axial", "square"), 3, 2, seed=0)
-    batch = sampler.batch(6, crop=64)
+    batch = stack_sampler(folder, tmp_path / "cache", 3).batch(0, range(6), crop=64)
     assert batch.image.shape == (6, 7, 64, 64)
     assert batch.organs.shape == batch.label.shape == (6, 3, 64, 64)
     inside = batch.label.flatten(1).any(1)
@@ -161,17 +151,17 @@ def test_cnn_alone_learns_on_crops(folder, tmp_path) -> None:
 
     @torch.no_grad()
     def loss() -> float:
-        return float(mask_loss(run.model.cnn_alone(batch.image), batch.label))
+        return float(mask_loss(run.network.cnn_alone(batch.image), batch.label))
 
     before = loss()
-    both = [hybrid_training.crop_step(run, batch) for _ in range(60)]
+    both = [run.advance(batch) for _ in range(60)]
     assert loss() < 0.8 * before
     assert min(both[-5:]) < 0.8 * both[0]  # lesions and organs together
 
 
 def test_stacks_keep_slices_and_labels_together(folder, tmp_path) -> None:
-    sampler = StackSampler(prepare(folder, tmp_path, "axial", "square"), 4, 2, seed=3)
-    images, labels, organs = sampler.batch(12)
+    stacks = stack_sampler(folder, tmp_path, 4, seed=3).batch(0, range(12))
+    images, labels, organs, known, shown = stacks
     assert images.shape == (12, 8, 256, 256)
     assert labels.shape == organs.shape == (12, 4, 256, 256)
     assert set(organs.unique().tolist()) == {Organ.AIR, Organ.LIVER, Organ.SPLEEN, UNKNOWN}
@@ -180,7 +170,11 @@ def test_stacks_keep_slices_and_labels_together(folder, tmp_path) -> None:
     targets = images[:, 2:6]
     inside, body = targets[labels > 0], targets[(labels == 0) & (targets > 0)]
     assert inside.mean() > body.mean() + 0.1
-    assert 0.2 < float(labels.flatten(2).any(2).float().mean()) < 0.95
+    present = labels.flatten(2).any(2)
+    assert 0.2 < float(present.float().mean()) < 0.95
+    assert known.all()
+    assert shown[present].all()
+    assert 0.05 < float(shown[~present].float().mean()) < 0.6
 
 
 def test_cut_pads_and_moves_inside() -> None:
@@ -215,6 +209,10 @@ def test_losses_by_hand() -> None:
     half = torch.tensor([100.0, 100.0, -100.0, -100.0])
     assert soft_dice_loss(half, torch.ones(4)) == pytest.approx(1 - 5 / 7)
     present = torch.tensor([[True]])
+    bare = mask_loss(torch.zeros(2), torch.tensor([1.0, 0.0]))
+    heavy = mask_loss(torch.zeros(2), torch.tensor([1.0, 0.0]), 3.0)
+    assert heavy - bare == pytest.approx(2 * np.log(2) / 2)  # the lesion's voxel counts twice more in the mean
+    assert [annealed_weight(share) for share in (0, 0.5, 1)] == pytest.approx([10, 10**0.5, 1])
     wrong = hybrid_loss(sure, torch.tensor([[[10.0, 0.0]]]), torch.ones(1, 1, 2, 2), present)
     assert wrong == pytest.approx(0.1 * 10, abs=1e-3)
 
@@ -240,17 +238,18 @@ def test_organ_loss_by_hand() -> None:
     assert not heads._seen
 
 
-def test_organs_are_known_or_said_not_to_be(folder) -> None:
-    assert set(np.unique(load_case(folder, "c1").organs)) == {Organ.LIVER, Organ.SPLEEN}
-    assert set(np.unique(load_case(folder, "c5").organs)) == {UNKNOWN}
+def test_budget_counts_time_or_steps() -> None:
+    assert Budget(60.0, spent_s=30 * 60).share() == pytest.approx(0.5, abs=1e-3)
+    assert Budget(60.0, spent_s=61 * 60).share() == 1
+    counted = Budget(60.0, steps=40, spent_s=61 * 60, step=10)
+    assert [counted.share(), counted.share(20), counted.share(50)] == [0.25, 0.5, 1]
 
 
-def test_budget_anneals_by_time() -> None:
-    budget = Budget(60.0, spent_s=30 * 60)
-    assert budget.share == pytest.approx(0.5, abs=1e-3)
-    assert budget.learning_rate_factor == pytest.approx(0.5, abs=1e-2)
-    assert Budget(60.0, 61 * 60).learning_rate_factor == pytest.approx(0)
-    assert Budget(60.0).learning_rate_factor == pytest.approx(0, abs=1e-2)
+def test_learning_rate_by_hand() -> None:
+    cosine = [learning_rate_factor(share, "cosine") for share in (0, 0.01, 0.5, 1)]
+    assert cosine == pytest.approx([0, 0.5, 0.5, 0], abs=1e-6)
+    steps = [learning_rate_factor(share, "step") for share in (0.1, 0.3, 0.5, 0.7, 0.9, 1)]
+    assert steps == [1, 0.5, 0.25, 0.125, 0.0625, 0.0625]
 
 
 def test_dice_of_empty_masks_is_flares() -> None:
@@ -278,7 +277,7 @@ def test_the_box_of_a_prediction_changes_no_dice() -> None:
     hybrid[4:7, 5:12, 8:15], unet[5:8, 6:14, 9:13] = rng.random((3, 7, 7)), rng.random((3, 8, 4))
     label = np.zeros(hybrid.shape, np.uint8)
     label[5:7, 6:11, 9:14] = 1
-    case = Case("x", label.astype(np.int16), label, label, (3.0, 1.0, 1.0))
+    case = Case(Entry("x", Path("x"), None, None), label.astype(np.int16), label, label, (3.0, 1.0, 1.0))
     found = predict(Said(hybrid, unet), case)
     assert found.label.shape == (4, 9, 7)
     whole = Predicted(label, 0.003, hybrid.astype(np.float16), unet.astype(np.float16), 0.8)

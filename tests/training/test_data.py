@@ -1,0 +1,136 @@
+"""What a folder says of its scans, and the arrays that are made of them."""
+
+from __future__ import annotations
+
+import csv
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from training.anatomy import Organ
+from training.cache import place, prepare
+from training.data import COLUMNS, load_case, read_folder
+from training.hybrid_data import StackSampler, slice_cases
+from training.organs import UNKNOWN
+
+
+@pytest.fixture
+def own(folder, tmp_path) -> Path:
+    """A copy to change."""
+    return Path(shutil.copytree(folder, tmp_path / "own"))
+
+
+def write_rows(folder: Path, **rows: str) -> None:
+    """cases.csv; a row is "annotated healthy lesion_type"."""
+    with (folder / "cases.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(COLUMNS)
+        writer.writerows([name, *row.split()] for name, row in rows.items())
+
+
+def test_cases_are_found_and_aligned(folder) -> None:
+    entries = read_folder(folder)
+    assert [entry.name for entry in entries] == [f"c{i}" for i in range(6)]
+    assert all(entry.annotated == "complete" and not entry.healthy for entry in entries)
+    case = load_case(entries[1])
+    assert case.hu[case.label > 0].min() > 90 > case.hu[case.label == 0].max()
+    with pytest.raises(ValueError, match="imagesTr"):
+        read_folder(folder / "labelsTr")
+
+
+def test_organs_are_known_or_said_not_to_be(folder) -> None:
+    entries = read_folder(folder)
+    assert set(np.unique(load_case(entries[1]).organs)) == {Organ.LIVER, Organ.SPLEEN}
+    assert set(np.unique(load_case(entries[5]).organs)) == {UNKNOWN}
+
+
+def test_unlabelled_scans_are_there_but_teach_nothing(own) -> None:
+    (own / "labelsTr" / "c1.nii.gz").unlink()
+    entries = {entry.name: entry for entry in read_folder(own)}
+    assert entries["c1"].annotated == "none"
+    assert not entries["c1"].teaches
+    write_rows(own, c0="partial 0 liver", c1="none 1 none", c2="1 0 lung")
+    entries = {entry.name: entry for entry in read_folder(own)}
+    assert [(entries[name].annotated, entries[name].complete) for name in ("c0", "c1", "c2", "c3")] == [
+        ("partial", False), ("none", True), ("complete", True), ("complete", True)
+    ]  # fmt: skip
+    assert entries["c1"].teaches
+    assert not load_case(entries["c1"]).label.any()
+
+
+def test_every_bad_case_is_listed(own) -> None:
+    (own / "labelsTr" / "c1.nii.gz").unlink()
+    write_rows(own, c0="some 0 liver", c1="complete 0 liver", c2="partial 1 none", c3="1 no x", c9="1 0 liver")
+    with pytest.raises(ValueError) as error:  # noqa: PT011  every line is looked at below
+        read_folder(own)
+    said = str(error.value).splitlines()
+    assert str(own) in said[0]
+    assert [line.strip().split(":")[0] for line in said[1:]] == ["c9", "c0", "c1", "c2", "c3"]
+    (own / "cases.csv").write_text("case,healthy\n")
+    with pytest.raises(ValueError, match="no column annotated, lesion_type"):
+        read_folder(own)
+
+
+def arrays_of(case) -> dict[str, np.ndarray]:
+    return {"hu": case.hu, "label": case.label}
+
+
+def test_the_cache_is_made_once_and_again_where_a_file_changes(own, tmp_path) -> None:
+    entries = read_folder(own)
+    first = dict(prepare(own, entries, tmp_path / "cache", arrays_of))
+    assert isinstance(first[entries[0]]["hu"], np.memmap)
+    made = place(tmp_path / "cache", entries[0]).stat().st_mtime_ns
+    list(prepare(own, entries, tmp_path / "cache", arrays_of))
+    assert place(tmp_path / "cache", entries[0]).stat().st_mtime_ns == made
+    shutil.copy(own / "labelsTr" / "c1.nii.gz", own / "labelsTr" / "c0.nii.gz")
+    changed = dict(prepare(own, read_folder(own), tmp_path / "cache", arrays_of, jobs=2))
+    assert np.array_equal(changed[entries[0]]["label"], first[entries[1]]["label"])
+    assert len(list((tmp_path / "cache").iterdir())) == 7
+
+
+def test_the_cache_lists_every_case_that_cannot_be_read(own, tmp_path) -> None:
+    write_rows(own, c0="none 1 none")
+    for name in ("c2", "c4"):
+        (own / "imagesTr" / f"{name}_0000.nii.gz").write_bytes(b"no scan")
+    with pytest.raises(ValueError) as error:  # noqa: PT011  every line is looked at below
+        list(prepare(own, read_folder(own), tmp_path / "cache", arrays_of))
+    said = str(error.value).splitlines()
+    assert [line.strip().split(":")[0] for line in said[1:]] == ["c0", "c2", "c4"]
+    assert "calls healthy" in said[1]
+    assert sorted(path.name[:2] for path in (tmp_path / "cache").iterdir()) == ["c1", "c3", "c5"]
+
+
+def test_the_classifier_learns_only_from_slices_whose_truth_is_known(own, tmp_path) -> None:
+    write_rows(own, **{f"c{i}": "partial 0 liver" for i in range(5)}, c5="none 1 none")
+    cases = slice_cases(own, read_folder(own), tmp_path / "cache", "axial", "square")
+    sampler = StackSampler(cases, 3, 2, seed=0)
+    assert [case.name for case in sampler.healthy] == ["c5"]
+    stacks = sampler.batch(0, range(24))
+    present = stacks.label.flatten(2).any(2)
+    assert stacks.known[present].all()
+    healthy = (stacks.organs == UNKNOWN).flatten(1).any(1)  # c5 alone has no organs
+    assert stacks.known[healthy].all()
+    assert not stacks.known[~healthy][~present[~healthy]].any()
+
+
+def test_lung_lesions_are_also_seen_in_the_lung_window(own, tmp_path) -> None:
+    """Outside the lesion the scan has 0 HU: 200 / 500 of the tissue window, 1300 / 1600 of the lung window."""
+    write_rows(own, **{f"c{i}": "1 0 lung" for i in range(4)}, c4="none 1 none", c5="none 1 none")
+    (case,) = slice_cases(own, read_folder(own)[:1], tmp_path / "cache", "axial", "square")
+    body = (case.organs == Organ.SPLEEN) & (case.tissue > 0)
+    assert np.median(case.tissue[body]) == pytest.approx(255 * 200 / 500, abs=3)
+    assert np.median(case.lung[body]) == pytest.approx(255 * 1300 / 1600, abs=3)
+    sampler = StackSampler([case], 3, 2, seed=0)
+    medians = [float(stack[stack > 0].median()) for stack in sampler.batch(0, range(40)).image]
+    assert 0.3 < np.mean(np.array(medians) > 0.65) < 0.7
+
+
+def test_a_member_of_a_batch_is_the_same_whoever_asks(folder, tmp_path) -> None:
+    sampler = StackSampler(
+        slice_cases(folder, read_folder(folder), tmp_path / "cache", "axial", "square"), 2, 2, seed=4
+    )
+    whole, odd = sampler.batch(7, range(4)), sampler.batch(7, range(1, 4, 2))
+    assert all((a[1::2] == b).all() for a, b in zip(whole, odd, strict=True))
+    assert not (sampler.batch(8, range(4)).image == whole.image).all()

@@ -1,0 +1,39 @@
+"""The training, one command a stage: `python -m training COMMAND --help`.
+
+phantoms, implant → pseudo-labels → hybrid, unet → release → calibrate; `training/recipes/` holds whole runs.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+
+import tyro
+
+from training import calibration, hybrid_training, implant, phantom, pseudo_labels, release, unet_training
+
+COMMANDS: dict[str, Callable[..., None]] = {
+    "phantoms": phantom.main,
+    "implant": implant.main,
+    "hybrid": hybrid_training.main,
+    "unet": unet_training.main,
+    "pseudo-labels": pseudo_labels.main,
+    "release": release.main,
+    "calibrate": calibration.main,
+}
+
+
+def main() -> int:
+    """0 where the stage was done; 1 and a line on stderr where the user has something to mend."""
+    try:
+        tyro.extras.subcommand_cli_from_dict(
+            COMMANDS, prog="python -m training", description=__doc__, config=(tyro.conf.OmitArgPrefixes,)
+        )
+    except (ValueError, OSError) as error:
+        print(error, file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
