@@ -8,16 +8,17 @@ each slice is encoded once; averaged weights; positive prompts for some slices w
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import cast
+from typing import Literal, cast
 
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from inference.hybrid.config import IMAGE_SIZE, PRESETS
+from inference.hybrid.config import IMAGE_SIZE, PRESETS, HybridConfig
 from inference.hybrid.model import Hybrid, channels_last
 from inference.hybrid.predict import run_stack
 from inference.slices import Plane, Resize
@@ -27,13 +28,17 @@ from training.loop import Common, Run, Task, train
 from training.losses import CLASSIFIER_WEIGHT, annealed_weight, dice, hybrid_loss, mask_loss
 from training.organs import OrganHeads
 from training.sam_checkpoint import load_sam
+from training.unet import CONFIG
 
 VALIDATION_STACK = 16  # slices
 
 
 @dataclass(frozen=True)
 class Settings(Common):
-    preset: str = "small"
+    preset: Literal["paper", "base", "small"] = "small"
+    slices: Literal[1, 5] = 5  # of a window; this and the next two are for ablations
+    exchanges: bool = True  # between the branches
+    gate: bool = True  # whether the classifier withholds positive prompts
     plane: Plane = "axial"
     resize: Resize = "square"
     stacks: int = 4  # a batch is stacks × targets windows
@@ -44,6 +49,10 @@ class Settings(Common):
     classifier_weight: float = CLASSIFIER_WEIGHT  # of its cross-entropy; the paper's suits the paper's 80 epochs
     sam_checkpoint: Path | None = None  # official sam_vit_b weights to start from, for `base` and `paper`
     weights: Path | None = None  # hybrid.safetensors of another run to start from
+
+    @property
+    def config(self) -> HybridConfig:
+        return replace(PRESETS[self.preset], slices=self.slices, exchanges=self.exchanges, gate=self.gate)
 
 
 class HybridTask(Task):
@@ -75,7 +84,7 @@ class HybridTask(Task):
 
 def start(settings: Settings) -> Run:
     torch.manual_seed(settings.seed)
-    network = channels_last(Hybrid(PRESETS[settings.preset]))
+    network = channels_last(Hybrid(settings.config))
     if settings.sam_checkpoint:
         load_sam(network, torch.load(settings.sam_checkpoint, weights_only=True, map_location="cpu"))
     if settings.weights:
@@ -104,8 +113,7 @@ def main(settings: Settings) -> None:
     entries = [entry for entry in read_folder(settings.data) if entry.teaches]
     cases = slice_cases(settings.data, entries, settings.cache_folder, settings.plane, settings.resize, settings.jobs)
     run = start(settings)
-    radius = PRESETS[settings.preset].radius
-    sampler = StackSampler(cases[: -settings.validation], settings.targets, radius, settings.seed)
+    sampler = StackSampler(cases[: -settings.validation], settings.targets, settings.config.radius, settings.seed)
 
     def batch(step: int) -> Stacks:
         if run.budget.share(step) < settings.crop_share:
@@ -116,8 +124,10 @@ def main(settings: Settings) -> None:
         means = run.mean([validate(run, case) for case in run.own(cases[-settings.validation :])], 2)
         return {"dice": float(means[0]), "presence": float(means[1])}
 
+    metadata = {CONFIG: json.dumps(settings.config.to_dict()), "plane": settings.plane, "resize": settings.resize}
+
     def keep() -> None:
         state = {name: value.contiguous() for name, value in run.average.module.state_dict().items()}
-        save_file(state, settings.out / "hybrid.safetensors")
+        save_file(state, settings.out / "hybrid.safetensors", metadata)
 
     train(run, batch, scores, keep)

@@ -18,7 +18,6 @@ from safetensors.torch import load_file
 from scipy.ndimage import binary_dilation
 from tqdm import tqdm
 
-from inference.hybrid.config import PRESETS
 from inference.hybrid.model import Hybrid, channels_last
 from inference.hybrid.predict import predict_slices
 from inference.pipeline import slice_source, voxel_volume_ml
@@ -86,7 +85,7 @@ def train_fold(entries: list[Entry], settings: hybrid_training.Settings) -> Hybr
     """The network of one fold, trained on these cases unless it was before."""
     link(entries, settings.data)
     hybrid_training.main(settings)
-    network = Hybrid(PRESETS[settings.preset])
+    network = Hybrid(settings.config)
     network.load_state_dict(load_file(settings.out / "hybrid.safetensors"))
     return channels_last(network).eval()
 

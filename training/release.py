@@ -11,14 +11,18 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import onnx
 import torch
+from google.protobuf.message import DecodeError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 
 from inference.fusion import FusionThresholds
-from inference.hybrid.config import PRESETS, HybridConfig
+from inference.hybrid.config import HybridConfig
 from inference.slices import TISSUE_WINDOW_HU, Plane, Resize
 from inference.unet import UNetConfig
 from inference.weights import FORMAT, MANIFEST, Gate
+from training.unet import CONFIG
 
 
 @dataclass(frozen=True)
@@ -60,6 +64,22 @@ def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
 
 
+def metadata(path: Path) -> dict[str, Any]:
+    """What a safetensors or an ONNX file of a run says of its network. ValueError where it says nothing."""
+    said: dict[str, Any] = {}
+    try:
+        if path.suffix == ".onnx":
+            said = {entry.key: entry.value for entry in onnx.load(path).metadata_props}
+        else:
+            with safe_open(path, "pt") as file:
+                said = file.metadata() or {}
+    except (SafetensorError, DecodeError) as error:
+        raise ValueError(f"{path}: cannot be read ({error}): name a file of a run") from error
+    if CONFIG not in said:
+        raise ValueError(f"{path}: says nothing of its network: train it with `python -m training`")
+    return said
+
+
 @dataclass(frozen=True)
 class Settings:
     """Of one release; thresholds are the defaults until `calibrate` sets them."""
@@ -67,21 +87,18 @@ class Settings:
     hybrid: Path  # hybrid.safetensors of a hybrid run
     unet: Path  # unet.onnx of a UNet run
     out: Path  # folder to write; its name is the weights' name
-    preset: str = "small"
-    plane: Plane = "axial"
-    resize: Resize = "square"
-    features: int = 16
     how: str = ""  # how they were trained, in words
 
 
 def main(settings: Settings) -> None:
-    """Put trained networks together as a folder of weights."""
+    """Put trained networks together as a folder of weights; what they are is told by their files."""
+    hybrid, unet = metadata(settings.hybrid), metadata(settings.unet)
     recipe = Recipe(
         settings.out.name,
-        PRESETS[settings.preset],
-        settings.plane,
-        settings.resize,
-        UNetConfig(features=settings.features),
+        HybridConfig.from_dict(json.loads(hybrid[CONFIG])),
+        hybrid["plane"],
+        hybrid["resize"],
+        UNetConfig.from_dict(json.loads(unet[CONFIG])),
         training={"how": settings.how},
     )
     release(load_file(settings.hybrid), settings.unet.read_bytes(), recipe, settings.out)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+import json
 from pathlib import Path
 
 import numpy as np
+import onnx
 import onnxruntime as ort
 import torch
 from monai.networks.nets import DynUNet
@@ -14,6 +17,7 @@ from inference.unet import UNetConfig
 
 LEVELS = 4
 OPSET = 17
+CONFIG = "config"  # key of the settings in a file's metadata
 PARITY = 1e-4  # largest difference of probabilities that an export may show
 
 
@@ -50,11 +54,11 @@ class Probability(nn.Module):
 
 
 def export_onnx(network: nn.Module, config: UNetConfig, path: Path) -> float:
-    """Write one ONNX file for any patch size that the strides divide; the largest difference from torch is returned.
+    """Write one ONNX file for any patch size that the strides divide, its config in the metadata.
 
-    RuntimeError where it exceeds 1e-4.
+    The largest difference from torch is returned. RuntimeError where it exceeds 1e-4.
     """
-    module = Probability(network).eval().float().cpu()
+    module = Probability(copy.deepcopy(network)).eval().float().cpu()  # training goes on with the network as it is
     example = torch.rand(1, len(config.windows_hu), 16, 16, 16)
     spatial = {axis: name for axis, name in enumerate(("batch", None, "depth", "height", "width")) if name}
     torch.onnx.export(
@@ -67,6 +71,9 @@ def export_onnx(network: nn.Module, config: UNetConfig, path: Path) -> float:
         opset_version=OPSET,
         dynamo=False,
     )
+    model = onnx.load(path)
+    onnx.helper.set_model_props(model, {CONFIG: json.dumps(config.to_dict())})
+    onnx.save(model, path)
     return check_parity(module, path, torch.rand(1, len(config.windows_hu), 16, 24, 40))
 
 

@@ -20,7 +20,6 @@ $run pseudo-labels --data "$data" --out "$work/pseudo" --folds 5 $table2
 $run hybrid --data "$work/pseudo/completed" --out "$work/hybrid" $table2
 $run unet --data "$work/pseudo/completed" --out "$work/unet" --features 32 --patch 96 128 128 --steps "$steps" --device cuda
 
-python -m training release --hybrid "$work/hybrid/hybrid.safetensors" --unet "$work/unet/unet.onnx" \
-    --out "$work/weights" --preset paper --plane coronal --resize stretch --features 32
+python -m training release --hybrid "$work/hybrid/hybrid.safetensors" --unet "$work/unet/unet.onnx" --out "$work/weights"
 # On cases whose every lesion is annotated: with partial labels alone, true findings would count as false ones.
 echo "now: python -m training calibrate --data COMPLETELY_LABELLED_FOLDER --weights $work/weights"

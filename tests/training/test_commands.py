@@ -1,0 +1,59 @@
+"""The stages one after another, as the README has them, on a small folder."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from inference.hybrid.config import PRESETS, HybridConfig
+from inference.pipeline import Pipeline
+from training.__main__ import main
+
+BUDGET = ["--steps", "2", "--validation", "1", "--validations", "1", "--device", "cpu"]
+
+
+@pytest.fixture
+def command(monkeypatch):
+    """Runs `python -m training …`; its exit code."""
+    monkeypatch.setitem(PRESETS, "small", HybridConfig(32, 4, 2, 0, cnn_width=4, prompt_dim=16))
+
+    def run(*arguments: object) -> int:
+        monkeypatch.setattr(sys, "argv", ["training", *map(str, arguments)])
+        return main()
+
+    return run
+
+
+def test_from_a_folder_of_scans_to_calibrated_weights(folder, tmp_path, command) -> None:
+    data, out, weights = ("--data", folder), tmp_path / "runs", tmp_path / "mine"
+    assert command("unet", *data, "--out", out / "unet", "--features", 4, "--patch", 16, 32, 32, *BUDGET) == 0
+    assert command("hybrid", *data, "--out", out / "hybrid", "--slices", 1, "--plane", "coronal", *BUDGET) == 0
+    parts = ("--hybrid", out / "hybrid" / "hybrid.safetensors", "--unet", out / "unet" / "unet.onnx")
+    assert command("release", *parts, "--out", weights, "--how", "in two steps") == 0
+    assert command("calibrate", *data, "--weights", weights) == 0
+    manifest = json.loads((weights / "manifest.json").read_text())
+    assert manifest["hybrid"]["config"]["slices"] == 1
+    assert (manifest["hybrid"]["plane"], manifest["unet"]["config"]["features"]) == ("coronal", 4)
+    assert manifest["training"]["how"] == "in two steps"
+    assert manifest["training"]["calibration"]["cases"] == 6
+    report = Pipeline(weights).run(folder / "imagesTr" / "c0_0000.nii.gz", tmp_path)
+    assert (tmp_path / "c0.nii.gz").exists()
+    assert report.size == (20, 50, 50)
+    lines = [json.loads(line) for line in (out / "unet" / "log.jsonl").read_text().splitlines()]
+    assert lines[0]["parameters_m"] > 0.05
+    assert lines[0]["gmac"] > 1
+    assert lines[-1]["kwh"] >= lines[-1]["co2eq_kg"] >= 0
+    assert list((out / "unet").glob("events.out.tfevents.*"))
+
+
+def test_users_mistakes_are_told_in_a_line(folder, tmp_path, command, capsys) -> None:
+    assert command("unet", "--data", tmp_path, "--out", tmp_path / "run") == 1
+    assert "FLARE layout" in capsys.readouterr().err
+    stranger = tmp_path / "unet.onnx"
+    stranger.write_bytes(b"not a network")
+    assert command("release", "--hybrid", stranger, "--unet", stranger, "--out", tmp_path / "mine") == 1
+    assert str(stranger) in capsys.readouterr().err
+    assert not Path(tmp_path / "mine").exists()
