@@ -280,8 +280,7 @@ def test_the_box_of_a_prediction_changes_no_dice() -> None:
     case = Case(Entry("x", Path("x"), None, None), label.astype(np.int16), label, label, (3.0, 1.0, 1.0))
     found = predict(Said(hybrid, unet), case)
     assert found.label.shape == (4, 9, 7)
-    whole = Predicted(label, 0.003, hybrid.astype(np.float16), unet.astype(np.float16), 0.8)
-    assert found.voxel_ml == pytest.approx(0.003)
+    whole = Predicted(label, case.spacing_mm, hybrid.astype(np.float16), unet.astype(np.float16), 0.8)
     for network, values in SEARCHED.items():
         for name in values:
             for value in CHOICES[name]:
@@ -294,11 +293,31 @@ def test_calibration_finds_what_separates(network: str) -> None:
     """Healthy cases score 0.6 and would get false positives, diseased ones 0.9: a threshold must fall between."""
     lump = np.zeros((3, 6, 6), np.float16)
     lump[1, 2:4, 2:4] = 0.97
-    sick = [Predicted((lump > 0).astype(np.uint8), 1.0, lump, lump, 0.9)] * 2
-    healthy = [Predicted(np.zeros(lump.shape, np.uint8), 1.0, lump, np.float16(0.6) * lump, 0.6)] * 2
+    sick = [Predicted((lump > 0).astype(np.uint8), (10.0,) * 3, lump, lump, 0.9)] * 2
+    healthy = [Predicted(np.zeros(lump.shape, np.uint8), (10.0,) * 3, lump, np.float16(0.6) * lump, 0.6)] * 2
     operating, best = calibrate([*sick, *healthy], network)
     assert best == pytest.approx(1)
     if network == "unet":
         assert 0.58 < operating.fusion.unet_voxel <= 0.97 or 0.58 < operating.fusion.sure_unet <= 0.97
     else:
         assert 0.6 < operating.gate.scan_threshold <= 0.9
+
+
+def test_dice_and_nsd_by_hand() -> None:
+    """The mask lacks the last of the label's three voxels of 10 mm in a row: Dice 2·2 / (2 + 3).
+
+    Surfels of a row lie in fours, at each voxel's face: at the ends a triangle each, between two voxels a rectangle.
+    Of the mask 2 and 1 (times four), all of them on the label's; of the label 2 and 2, one end's triangle far off.
+    """
+    label = np.zeros((1, 1, 5), np.uint8)
+    label[0, 0, 1:4] = 1
+    said = np.zeros(label.shape, np.float16)
+    said[0, 0, 1:3] = 0.97
+    case = Predicted(label, (10.0,) * 3, said, said, 0.9)
+    assert case.dice(Operating(), "fused") == pytest.approx(0.8)
+    triangle, rectangle = 3**0.5 / 4 * 50, 10 * 50**0.5
+    nsd = (3 * triangle + 3 * rectangle) / (4 * triangle + 3 * rectangle)
+    assert case.dice_and_nsd(Operating(), "fused") == pytest.approx((0.8 + nsd) / 2)
+    never = Operating().change("voxel", 1.0)
+    assert case.dice_and_nsd(never, "fused") == 0
+    assert Predicted(0 * label, (10.0,) * 3, said, said, 0.9).dice_and_nsd(never, "fused") == 1
