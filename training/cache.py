@@ -21,7 +21,7 @@ Arrays = dict[str, NDArray[Any]]
 
 
 def prepare(
-    folder: Path, entries: list[Entry], cache: Path, make: Callable[[Case], Arrays], jobs: int = 1
+    entries: list[Entry], cache: Path, make: Callable[[Case], Arrays], jobs: int = 1
 ) -> Iterator[tuple[Entry, Arrays]]:
     """Each case with the arrays that `make` gave, by name; `cache` is for this `make` alone.
 
@@ -30,7 +30,7 @@ def prepare(
     cache.mkdir(parents=True, exist_ok=True)
     missing = [entry for entry in entries if not place(cache, entry).exists()]
     problems = _fill(missing, cache, make, jobs)
-    refuse(folder, [problem for problem in problems if problem])
+    refuse([problem for problem in problems if problem])
     for entry in entries:
         files = sorted(place(cache, entry).glob("*.npy"))
         yield entry, {path.stem: np.load(path, mmap_mode="r") for path in files}

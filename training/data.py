@@ -1,7 +1,8 @@
 """A folder of scans in FLARE layout, and what is annotated in it.
 
 `imagesTr/X_0000.nii.gz`, `labelsTr/X.nii.gz` where there is one, of phantoms also `organsTr/X.nii.gz`; and `cases.csv`
-(case, annotated, healthy, lesion_type), without which every label counts as complete.
+(case, annotated, healthy, lesion_type and, where a patient has several scans, patient), without which every label
+counts as complete and every scan as another patient.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ class Entry:
     """What is known of a scan before it is read.
 
     annotated: whether the label holds every lesion, only some, or there is none. healthy: the scan is free of lesions,
-    with or without a label that says so. lesion_type: the site of the lesions, "" where nobody said.
+    with or without a label that says so. lesion_type: the site of the lesions, "" where nobody said. patient: "" where
+    the scan is the only one.
     """
 
     name: str
@@ -39,6 +41,7 @@ class Entry:
     annotated: Annotated = "complete"
     healthy: bool = False
     lesion_type: str = ""
+    patient: str = ""
 
     @property
     def complete(self) -> bool:
@@ -78,16 +81,39 @@ def read_folder(folder: Path) -> list[Entry]:
             entries.append(_entry(folder, name, scan, rows.get(name)))
         except ValueError as error:
             problems.append(f"{name}: {error}")
-    refuse(folder, problems)
+    refuse(problems, folder)
     if not any(entry.teaches for entry in entries):
         raise ValueError(f"{folder}: no scan in imagesTr has a mask in labelsTr: name a folder in FLARE layout")
     return entries
 
 
-def refuse(folder: Path, problems: list[str]) -> None:
-    """ValueError that lists all problems of a folder, if there are any."""
+def split(folders: tuple[Path, ...], validation: int) -> tuple[list[Entry], list[Entry]]:
+    """Cases to train and to validate on: at least so many of the latter, the last patients by name of each folder.
+
+    Only cases that teach something. ValueError where a folder has no other patient left to train on.
+    """
+    training: list[Entry] = []
+    held_out: list[Entry] = []
+    for folder in folders:
+        entries = [entry for entry in read_folder(folder) if entry.teaches]
+        patients = {entry.patient or entry.name: 0 for entry in entries}
+        for entry in entries:
+            patients[entry.patient or entry.name] += 1
+        kept: set[str] = set()
+        while sum(patients[name] for name in kept) < -(-validation // len(folders)):
+            if len(kept) + 1 >= len(patients):
+                raise ValueError(f"{folder}: {len(entries)} cases are too few to keep {validation} for validation")
+            kept.add(list(patients)[-1 - len(kept)])
+        training += [entry for entry in entries if (entry.patient or entry.name) not in kept]
+        held_out += [entry for entry in entries if (entry.patient or entry.name) in kept]
+    return training, held_out
+
+
+def refuse(problems: list[str], folder: Path | None = None) -> None:
+    """ValueError that lists all problems of cases, if there are any."""
     if problems:
-        raise ValueError(f"{folder}: mend or remove these cases:\n  " + "\n  ".join(problems))
+        where = f"{folder}: " if folder else ""
+        raise ValueError(f"{where}mend or remove these cases:\n  " + "\n  ".join(problems))
 
 
 def _rows(path: Path, problems: list[str]) -> dict[str, dict[str, str]]:
@@ -121,7 +147,8 @@ def _entry(folder: Path, name: str, scan: Path, row: dict[str, str] | None) -> E
         raise ValueError("said to be annotated, but labelsTr has no mask of it")
     if healthy and annotated == "partial":
         raise ValueError("healthy, and partly annotated: a healthy scan is complete")
-    return Entry(name, scan, label, organs, annotated, healthy, row["lesion_type"])  # type: ignore[arg-type]
+    known = row["lesion_type"], row.get("patient", "")
+    return Entry(name, scan, label, organs, annotated, healthy, *known)  # type: ignore[arg-type]
 
 
 def link(entries: list[Entry], folder: Path) -> None:
@@ -140,8 +167,8 @@ def write_rows(folder: Path, entries: list[Entry]) -> None:
     """Write `cases.csv`."""
     with (folder / "cases.csv").open("w", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow(COLUMNS)
-        writer.writerows([e.name, e.annotated, int(e.healthy), e.lesion_type] for e in entries)
+        writer.writerow([*COLUMNS, "patient"])
+        writer.writerows([e.name, e.annotated, int(e.healthy), e.lesion_type, e.patient] for e in entries)
 
 
 def _existing(path: Path) -> Path | None:

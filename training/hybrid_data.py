@@ -62,11 +62,9 @@ def cut_case(case: Case, plane: Plane, resize: Resize) -> Arrays:
     }  # fmt: skip
 
 
-def slice_cases(
-    folder: Path, entries: list[Entry], cache: Path, plane: Plane, resize: Resize, jobs: int = 1
-) -> list[SliceCase]:
+def slice_cases(entries: list[Entry], cache: Path, plane: Plane, resize: Resize, jobs: int = 1) -> list[SliceCase]:
     """Every case in slices, cut once; what the cache holds already is reused."""
-    made = prepare(folder, entries, cache / f"{plane}_{resize}", partial(cut_case, plane=plane, resize=resize), jobs)
+    made = prepare(entries, cache / f"{plane}_{resize}", partial(cut_case, plane=plane, resize=resize), jobs)
     return [SliceCase(entry.name, **arrays, lesion_type=entry.lesion_type) for entry, arrays in made]
 
 

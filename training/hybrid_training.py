@@ -22,7 +22,7 @@ from inference.hybrid.config import IMAGE_SIZE, PRESETS, HybridConfig
 from inference.hybrid.model import Hybrid, channels_last
 from inference.hybrid.predict import run_stack
 from inference.slices import Plane, Resize
-from training.data import read_folder
+from training.data import split
 from training.hybrid_data import SliceCase, Stacks, StackSampler, slice_cases
 from training.loop import Common, Run, Task, train
 from training.losses import CLASSIFIER_WEIGHT, annealed_weight, dice, hybrid_loss, mask_loss
@@ -110,10 +110,10 @@ def validate(run: Run, case: SliceCase) -> tuple[float, float]:
 def main(settings: Settings) -> None:
     """Train; the best averaged weights are RUN_DIR/hybrid.safetensors."""
     settings.out.mkdir(parents=True, exist_ok=True)
-    entries = [entry for entry in read_folder(settings.data) if entry.teaches]
-    cases = slice_cases(settings.data, entries, settings.cache_folder, settings.plane, settings.resize, settings.jobs)
+    entries, held_out = split(settings.data, settings.validation)
+    cases = slice_cases(entries + held_out, settings.cache_folder, settings.plane, settings.resize, settings.jobs)
     run = start(settings)
-    sampler = StackSampler(cases[: -settings.validation], settings.targets, settings.config.radius, settings.seed)
+    sampler = StackSampler(cases[: len(entries)], settings.targets, settings.config.radius, settings.seed)
 
     def batch(step: int) -> Stacks:
         if run.budget.share(step) < settings.crop_share:
@@ -121,7 +121,7 @@ def main(settings: Settings) -> None:
         return sampler.batch(step, run.members(settings.stacks))
 
     def scores() -> dict[str, float]:
-        means = run.mean([validate(run, case) for case in run.own(cases[-settings.validation :])], 2)
+        means = run.mean([validate(run, case) for case in run.own(cases[len(entries) :])], 2)
         return {"dice": float(means[0]), "presence": float(means[1])}
 
     metadata = {CONFIG: json.dumps(settings.config.to_dict()), "plane": settings.plane, "resize": settings.resize}

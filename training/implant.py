@@ -58,7 +58,9 @@ def make(entries: list[Entry], settings: Settings, index: int) -> Entry:
     write_nifti(hu, case.spacing_mm, scan)
     write_nifti(label, case.spacing_mm, mask)
     annotated: Annotated = "complete" if case.entry.complete else "partial"
-    return Entry(name, scan, mask, None, annotated, case.entry.healthy and not label.any(), case.entry.lesion_type)
+    healthy = case.entry.healthy and not label.any()
+    patient = case.entry.patient or case.entry.name
+    return Entry(name, scan, mask, None, annotated, healthy, case.entry.lesion_type, patient)
 
 
 def random_crop(rng: np.random.Generator, case: Case) -> Case:

@@ -46,7 +46,7 @@ T = TypeVar("T")
 class Common:
     """Settings of any run; a run is resumed by calling it again with the same `out`."""
 
-    data: Path  # FLARE folder: imagesTr, labelsTr
+    data: tuple[Path, ...]  # FLARE folders: imagesTr, labelsTr
     out: Path  # run folder: checkpoint, log, weights
     cache: Path | None = None  # of the preprocessed cases, which runs may share; in the run folder where not given
     minutes: float = 60.0  # wall-clock budget, over which the learning rate falls
@@ -55,7 +55,7 @@ class Common:
     learning_rate: float = 5e-4
     decay: float = 0.99  # of the averaged weights
     clip: float = 1.0  # of the gradient's norm
-    validation: int = 12  # cases kept out, the last ones by name
+    validation: int = 12  # cases kept out, of the last patients by name
     validations: int = 7  # checks of the averaged weights, evenly over the budget; the best are kept
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["bf16-mixed", "16-mixed", "32-true"] = "bf16-mixed"
@@ -232,8 +232,7 @@ def train(
     """
     if run.share() == 1:
         return
-    settings = {key: value for key, value in asdict(run.settings).items() if not isinstance(value, Path)}
-    log(run, start=settings, processes=run.fabric.world_size, **size(run.average.module, run.example()))
+    log(run, start=asdict(run.settings), processes=run.fabric.world_size, **size(run.average.module, run.example()))
     with metered(run.settings.g_per_kwh) as spent:
         _until_spent(run, batch, validate, keep)
     log(run, **spent)
@@ -280,4 +279,4 @@ def log(run: Run, **values: Any) -> None:
         tqdm.write(", ".join(f"{name} {value}" for name, value in values.items() if not isinstance(value, dict)))
         line = {"date": datetime.now(UTC).isoformat(timespec="seconds"), **values}
         with (run.settings.out / LOG).open("a") as file:
-            file.write(json.dumps(line) + "\n")
+            file.write(json.dumps(line, default=str) + "\n")

@@ -41,13 +41,15 @@ class Settings(hybrid_training.Settings):
     def of_fold(self, fold: int) -> hybrid_training.Settings:
         own = {field.name: getattr(self, field.name) for field in fields(hybrid_training.Settings)}
         folder = self.out / f"fold_{fold}"
-        return replace(hybrid_training.Settings(**own), data=folder / "data", out=folder, cache=self.cache_folder)
+        return replace(hybrid_training.Settings(**own), data=(folder / "data",), out=folder, cache=self.cache_folder)
 
 
 def fold_of(entries: list[Entry], folds: int, seed: int) -> dict[str, int]:
-    """Fold of each case: drawn by the seed, equal sizes but for one. One case is one patient."""
-    order = np.random.default_rng(seed).permutation(len(entries))
-    return {entries[index].name: place % folds for place, index in enumerate(order)}
+    """Fold of each case: patients are drawn by the seed, and those of all folds are as many, but for one."""
+    patients = sorted({entry.patient or entry.name for entry in entries})
+    order = np.random.default_rng(seed).permutation(len(patients))
+    fold = {patients[index]: place % folds for place, index in enumerate(order)}
+    return {entry.name: fold[entry.patient or entry.name] for entry in entries}
 
 
 def complete(
@@ -83,7 +85,8 @@ def write_completed(network: Hybrid, entry: Entry, settings: Settings, path: Pat
 
 def train_fold(entries: list[Entry], settings: hybrid_training.Settings) -> Hybrid:
     """The network of one fold, trained on these cases unless it was before."""
-    link(entries, settings.data)
+    (folder,) = settings.data
+    link(entries, folder)
     hybrid_training.main(settings)
     network = Hybrid(settings.config)
     network.load_state_dict(load_file(settings.out / "hybrid.safetensors"))
@@ -92,7 +95,8 @@ def train_fold(entries: list[Entry], settings: hybrid_training.Settings) -> Hybr
 
 def main(settings: Settings) -> None:
     """Complete partial labels by what networks of the other folds find; the result is OUT/completed."""
-    entries = read_folder(settings.data)
+    (data,) = settings.data
+    entries = read_folder(data)
     folds = fold_of(entries, settings.folds, settings.seed)
     added = settings.out / "labels"
     added.mkdir(parents=True, exist_ok=True)

@@ -40,10 +40,10 @@ class GridCase:
     lesions: list[NDArray[np.int32]]
 
 
-def grid_cases(folder: Path, entries: list[Entry], cache: Path, config: UNetConfig, jobs: int = 1) -> list[GridCase]:
+def grid_cases(entries: list[Entry], cache: Path, config: UNetConfig, jobs: int = 1) -> list[GridCase]:
     """Every case on the network's grid, resampled once; what the cache holds already is reused."""
     cache = cache / "grid_{}x{}x{}mm".format(*config.spacing_mm)
-    made = prepare(folder, entries, cache, partial(resample_case, config=config), jobs)
+    made = prepare(entries, cache, partial(resample_case, config=config), jobs)
     return [_grid_case(entry.name, arrays) for entry, arrays in made]
 
 

@@ -15,7 +15,7 @@ from monai.inferers import sliding_window_inference
 from torch import Tensor
 
 from inference.unet import UNetConfig, channels
-from training.data import read_folder
+from training.data import split
 from training.loop import Common, Run, Task, train
 from training.losses import annealed_weight, dice, mask_loss
 from training.organs import OrganHeads
@@ -86,17 +86,17 @@ def main(settings: Settings) -> None:
     """Train; the best averaged weights are RUN_DIR/unet.onnx."""
     settings.out.mkdir(parents=True, exist_ok=True)
     config = UNetConfig(features=settings.features)
-    entries = [entry for entry in read_folder(settings.data) if entry.teaches]
-    cases = grid_cases(settings.data, entries, settings.cache_folder, config, settings.jobs)
+    entries, held_out = split(settings.data, settings.validation)
+    cases = grid_cases(entries + held_out, settings.cache_folder, config, settings.jobs)
     run = start(settings)
-    sampler = PatchSampler(cases[: -settings.validation], config, settings.seed)
+    sampler = PatchSampler(cases[: len(entries)], config, settings.seed)
 
     def batch(step: int) -> Patches:
         patch = settings.small if run.budget.share(step) < settings.small_share else settings.patch
         return sampler.batch(step, run.members(settings.batch), patch)
 
     def scores() -> dict[str, float]:
-        own = run.own(cases[-settings.validation :])
+        own = run.own(cases[len(entries) :])
         return {"dice": float(run.mean([(validate(run, case, config),) for case in own], 1)[0])}
 
     def keep() -> None:

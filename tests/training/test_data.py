@@ -11,7 +11,7 @@ import pytest
 
 from training.anatomy import Organ
 from training.cache import place, prepare
-from training.data import COLUMNS, load_case, read_folder
+from training.data import COLUMNS, load_case, read_folder, split
 from training.hybrid_data import StackSampler, slice_cases
 from training.organs import UNKNOWN
 
@@ -73,19 +73,32 @@ def test_every_bad_case_is_listed(own) -> None:
         read_folder(own)
 
 
+def test_whole_patients_are_kept_for_validation(folder, own) -> None:
+    """c4 and c5 are one patient in one of the two folders: three cases to keep are two of each folder, at least."""
+    rows = [f"c{i},complete,0,liver,{'twin' if i > 3 else ''}" for i in range(6)]
+    (own / "cases.csv").write_text("\n".join([",".join([*COLUMNS, "patient"]), *rows]) + "\n")
+    training, held_out = split((folder, own), 3)
+    assert [entry.name for entry in training] == ["c0", "c1", "c2", "c3"] * 2
+    assert [entry.name for entry in held_out] == ["c4", "c5"] * 2
+    assert [entry.name for entry in split((own,), 1)[1]] == ["c4", "c5"]
+    assert [entry.name for entry in split((own,), 3)[1]] == ["c3", "c4", "c5"]
+    with pytest.raises(ValueError, match="too few to keep 6"):
+        split((folder,), 6)
+
+
 def arrays_of(case) -> dict[str, np.ndarray]:
     return {"hu": case.hu, "label": case.label}
 
 
 def test_the_cache_is_made_once_and_again_where_a_file_changes(own, tmp_path) -> None:
     entries = read_folder(own)
-    first = dict(prepare(own, entries, tmp_path / "cache", arrays_of))
+    first = dict(prepare(entries, tmp_path / "cache", arrays_of))
     assert isinstance(first[entries[0]]["hu"], np.memmap)
     made = place(tmp_path / "cache", entries[0]).stat().st_mtime_ns
-    list(prepare(own, entries, tmp_path / "cache", arrays_of))
+    list(prepare(entries, tmp_path / "cache", arrays_of))
     assert place(tmp_path / "cache", entries[0]).stat().st_mtime_ns == made
     shutil.copy(own / "labelsTr" / "c1.nii.gz", own / "labelsTr" / "c0.nii.gz")
-    changed = dict(prepare(own, read_folder(own), tmp_path / "cache", arrays_of, jobs=2))
+    changed = dict(prepare(read_folder(own), tmp_path / "cache", arrays_of, jobs=2))
     assert np.array_equal(changed[entries[0]]["label"], first[entries[1]]["label"])
     assert len(list((tmp_path / "cache").iterdir())) == 7
 
@@ -95,7 +108,7 @@ def test_the_cache_lists_every_case_that_cannot_be_read(own, tmp_path) -> None:
     for name in ("c2", "c4"):
         (own / "imagesTr" / f"{name}_0000.nii.gz").write_bytes(b"no scan")
     with pytest.raises(ValueError) as error:  # noqa: PT011  every line is looked at below
-        list(prepare(own, read_folder(own), tmp_path / "cache", arrays_of))
+        list(prepare(read_folder(own), tmp_path / "cache", arrays_of))
     said = str(error.value).splitlines()
     assert [line.strip().split(":")[0] for line in said[1:]] == ["c0", "c2", "c4"]
     assert "calls healthy" in said[1]
@@ -104,7 +117,7 @@ def test_the_cache_lists_every_case_that_cannot_be_read(own, tmp_path) -> None:
 
 def test_the_classifier_learns_only_from_slices_whose_truth_is_known(own, tmp_path) -> None:
     write_rows(own, **{f"c{i}": "partial 0 liver" for i in range(5)}, c5="none 1 none")
-    cases = slice_cases(own, read_folder(own), tmp_path / "cache", "axial", "square")
+    cases = slice_cases(read_folder(own), tmp_path / "cache", "axial", "square")
     sampler = StackSampler(cases, 3, 2, seed=0)
     assert [case.name for case in sampler.healthy] == ["c5"]
     stacks = sampler.batch(0, range(24))
@@ -118,7 +131,7 @@ def test_the_classifier_learns_only_from_slices_whose_truth_is_known(own, tmp_pa
 def test_lung_lesions_are_also_seen_in_the_lung_window(own, tmp_path) -> None:
     """Outside the lesion the scan has 0 HU: 200 / 500 of the tissue window, 1300 / 1600 of the lung window."""
     write_rows(own, **{f"c{i}": "1 0 lung" for i in range(4)}, c4="none 1 none", c5="none 1 none")
-    (case,) = slice_cases(own, read_folder(own)[:1], tmp_path / "cache", "axial", "square")
+    (case,) = slice_cases(read_folder(own)[:1], tmp_path / "cache", "axial", "square")
     body = (case.organs == Organ.SPLEEN) & (case.tissue > 0)
     assert np.median(case.tissue[body]) == pytest.approx(255 * 200 / 500, abs=3)
     assert np.median(case.lung[body]) == pytest.approx(255 * 1300 / 1600, abs=3)
@@ -128,9 +141,7 @@ def test_lung_lesions_are_also_seen_in_the_lung_window(own, tmp_path) -> None:
 
 
 def test_a_member_of_a_batch_is_the_same_whoever_asks(folder, tmp_path) -> None:
-    sampler = StackSampler(
-        slice_cases(folder, read_folder(folder), tmp_path / "cache", "axial", "square"), 2, 2, seed=4
-    )
+    sampler = StackSampler(slice_cases(read_folder(folder), tmp_path / "cache", "axial", "square"), 2, 2, seed=4)
     whole, odd = sampler.batch(7, range(4)), sampler.batch(7, range(1, 4, 2))
     assert all((a[1::2] == b).all() for a, b in zip(whole, odd, strict=True))
     assert not (sampler.batch(8, range(4)).image == whole.image).all()

@@ -23,7 +23,7 @@ from training import hybrid_training
 PRESETS["small"] = HybridConfig(32, 4, 2, 0, cnn_width=4, prompt_dim=16)
 torch.optim.Adam = torch.optim.SGD  # Adam makes whole steps of the last bit of a gradient that is nearly zero
 hybrid_training.main(hybrid_training.Settings(
-    Path(sys.argv[1]), Path(sys.argv[2]), steps=4, stacks=2, targets=2, crop_share=0.5, crop=64, crop_stacks=2,
+    (Path(sys.argv[1]),), Path(sys.argv[2]), steps=4, stacks=2, targets=2, crop_share=0.5, crop=64, crop_stacks=2,
     learning_rate=0.3, decay=0.0, precision="32-true", device="cpu", validation=2, validations=1,
 ))
 """

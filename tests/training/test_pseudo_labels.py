@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import nibabel as nib
@@ -14,7 +15,7 @@ from training import hybrid_training, pseudo_labels
 from training.data import PSEUDO, load_case, read_folder
 from training.pseudo_labels import Settings, complete, fold_of
 
-SETTINGS = Settings(Path(), Path(), voxel=0.5, confidence=0.8, min_volume_ml=0.002)
+SETTINGS = Settings((Path(),), Path(), voxel=0.5, confidence=0.8, min_volume_ml=0.002)
 
 
 def test_what_is_added_by_hand() -> None:
@@ -40,6 +41,8 @@ def test_folds_are_even_and_drawn_by_the_seed(folder) -> None:
     assert sorted(np.bincount(list(folds.values()))) == [1, 1, 2, 2]
     assert folds == fold_of(entries, 4, seed=0)
     assert folds != fold_of(entries, 4, seed=1)
+    twins = [replace(entry, patient="twin") for entry in entries[:3]] + entries[3:]
+    assert len({fold_of(twins, 4, seed=0)[entry.name] for entry in entries[:3]}) == 1
 
 
 def test_the_command_completes_a_folder_and_goes_on_where_it_stopped(folder, tmp_path, monkeypatch) -> None:
@@ -50,14 +53,14 @@ def test_the_command_completes_a_folder_and_goes_on_where_it_stopped(folder, tmp
     rows = [*(f"c{i},partial,0,liver" for i in range(4)), "c4,none,1,none", "c5,none,0,"]
     (own / "cases.csv").write_text("\n".join(["case,annotated,healthy,lesion_type", *rows]) + "\n")
     settings = Settings(
-        own, tmp_path / "out", folds=2, steps=2, stacks=1, targets=2, validation=1, validations=1, device="cpu",
+        (own,), tmp_path / "out", folds=2, steps=2, stacks=1, targets=2, validation=1, validations=1, device="cpu",
         voxel=0.0, confidence=0.0, min_volume_ml=0.0,
     )  # fmt: skip
     trained = []
     train = hybrid_training.main
 
     def cut_off(fold: hybrid_training.Settings) -> None:
-        trained.append(sorted(path.name[:2] for path in (fold.data / "imagesTr").iterdir()))
+        trained.append(sorted(path.name[:2] for path in (fold.data[0] / "imagesTr").iterdir()))
         if len(trained) == 2:
             raise KeyboardInterrupt
         train(fold)

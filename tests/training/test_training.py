@@ -33,16 +33,16 @@ def tiny_preset(monkeypatch) -> None:
 def hybrid_settings(folder: Path, out: Path) -> hybrid_training.Settings:
     out.mkdir(exist_ok=True)
     return hybrid_training.Settings(
-        folder, out, stacks=1, targets=3, learning_rate=3e-3, decay=0.5, validation=2, device="cpu"
+        (folder,), out, stacks=1, targets=3, learning_rate=3e-3, decay=0.5, validation=2, device="cpu"
     )
 
 
 def stack_sampler(folder: Path, cache: Path, targets: int, seed: int = 0) -> StackSampler:
-    return StackSampler(slice_cases(folder, read_folder(folder), cache, "axial", "square"), targets, 2, seed)
+    return StackSampler(slice_cases(read_folder(folder), cache, "axial", "square"), targets, 2, seed)
 
 
 def patch_sampler(folder: Path, cache: Path, config: UNetConfig) -> PatchSampler:
-    return PatchSampler(grid_cases(folder, read_folder(folder), cache, config), config, seed=0)
+    return PatchSampler(grid_cases(read_folder(folder), cache, config), config, seed=0)
 
 
 def test_hybrid_learns(folder, tmp_path) -> None:
@@ -62,7 +62,7 @@ def test_a_run_that_was_cut_off_goes_on_as_if_it_had_not_been(folder, tmp_path, 
     for name, breaks in (("whole", [8]), ("parts", [4, 8])):
         for stop in breaks:
             run = replace(
-                module.Settings(folder, tmp_path / name, **sizes), steps=8, validations=2, validation=2, device="cpu"
+                module.Settings((folder,), tmp_path / name, **sizes), steps=8, validations=2, validation=2, device="cpu"
             )
             with pytest.MonkeyPatch.context() as patch:
 
@@ -84,14 +84,14 @@ def test_a_run_that_was_cut_off_goes_on_as_if_it_had_not_been(folder, tmp_path, 
 @pytest.mark.parametrize("patch", [(8, 32, 32), (20, 32, 32)])
 def test_unet_refuses_patches_that_vanish(folder, tmp_path, patch) -> None:
     with pytest.raises(ValueError, match="multiples of 8 from 16"):
-        unet_training.Settings(folder, tmp_path, patch=patch)
+        unet_training.Settings((folder,), tmp_path, patch=patch)
 
 
 def test_the_thinnest_patch_has_float32s_gradients(folder, tmp_path) -> None:
     """Two voxels deep at the coarsest level, where oneDNN's own bfloat16 gradients are garbage."""
     config = UNetConfig(features=4)
     (tmp_path / "run").mkdir()
-    settings = unet_training.Settings(folder, tmp_path / "run", features=4, patch=(16, 32, 32))
+    settings = unet_training.Settings((folder,), tmp_path / "run", features=4, patch=(16, 32, 32))
     run = unet_training.start(settings)
     batch = patch_sampler(folder, tmp_path / "cache", config).batch(0, range(2), settings.patch)
     norms = []
@@ -106,7 +106,7 @@ def test_the_thinnest_patch_has_float32s_gradients(folder, tmp_path) -> None:
 
 def test_unet_learns(folder, tmp_path) -> None:
     config = UNetConfig(features=4)
-    settings = unet_training.Settings(folder, tmp_path / "run", features=4, learning_rate=1e-2)
+    settings = unet_training.Settings((folder,), tmp_path / "run", features=4, learning_rate=1e-2)
     (tmp_path / "run").mkdir()
     sampler = patch_sampler(folder, tmp_path / "cache", config)
     run = unet_training.start(settings)
@@ -119,12 +119,12 @@ def test_unet_learns(folder, tmp_path) -> None:
 def test_a_whole_run_writes_its_weights(folder, tmp_path, module) -> None:
     if module == "hybrid":
         hybrid_training.main(
-            hybrid_training.Settings(folder, tmp_path, 0.05, validations=2, validation=2, stacks=1, targets=2)
+            hybrid_training.Settings((folder,), tmp_path, 0.05, validations=2, validation=2, stacks=1, targets=2)
         )
         assert (tmp_path / "hybrid.safetensors").exists()
     else:
         unet_training.main(
-            unet_training.Settings(folder, tmp_path, 0.05, validation=2, features=4, patch=(32, 32, 32), batch=1)
+            unet_training.Settings((folder,), tmp_path, 0.05, validation=2, features=4, patch=(32, 32, 32), batch=1)
         )
         assert (tmp_path / "unet.onnx").exists()
     assert "dice" in (tmp_path / "log.jsonl").read_text()
