@@ -245,7 +245,7 @@ def _until_spent(
     due = every * (1 + int(run.share() / every + 1e-9))
     bar_format = "{l_bar}{bar}| {n:.3f} of the budget, {elapsed} {postfix}"
     hidden = not run.fabric.is_global_zero
-    with tqdm(total=1, bar_format=bar_format, disable=hidden) as bar:
+    with tqdm(total=1, bar_format=bar_format, disable=hidden, miniters=0, mininterval=1) as bar:
         for drawn in ahead(batch, run.step, run.settings.workers):
             loss = run.advance(drawn)
             share = run.share()
