@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
+from .files import MAX_VOXELS
 from .volume import SCAN_SUFFIXES, case_name, is_scan, output_names
 
 if TYPE_CHECKING:
@@ -40,6 +41,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--gpu-memory-mib", type=positive, default=4096, help="of the GPU, in all; default %(default)s")
     parser.add_argument("--skip-existing", action="store_true", help="leave cases alone that have a mask already")
     parser.add_argument("--save-probabilities", action="store_true", help="write X_probability.nii.gz beside the masks")
+    parser.add_argument("--max-voxels", type=positive, default=MAX_VOXELS, help="of a scan; default %(default)s")
     parser.add_argument("--report", type=Path, help="write what was found and how long it took as JSON to this file")
     return parser.parse_args(arguments)
 
@@ -175,7 +177,7 @@ def run(options: argparse.Namespace) -> int:
 
     device = choose_device(options.device)
     try:
-        pipeline = Pipeline(find_weights(options.weights), device, options.gpu_memory_mib)
+        pipeline = Pipeline(find_weights(options.weights), device, options.gpu_memory_mib, options.max_voxels)
     except ValueError as error:
         raise UsageError(str(error)) from error
     done = Run(pipeline, options.outputs, options.save_probabilities)

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from .files import MAX_VOXELS
 from .fusion import SliceSource, fuse, mean_probability
 from .hybrid.model import Hybrid
 from .hybrid.predict import CONTEXT_MIB, MAX_TARGETS, SlicePredictions, predict_slices, targets_for
@@ -76,9 +77,15 @@ class Report:
 class Pipeline:
     """Both networks, loaded once for all cases."""
 
-    def __init__(self, weights: Path, device: str = "cpu", gpu_memory_mib: int = 4096) -> None:
-        """device: "cpu" or "cuda:N"; gpu_memory_mib: for everything on the device, its context included."""
+    def __init__(
+        self, weights: Path, device: str = "cpu", gpu_memory_mib: int = 4096, max_voxels: int = MAX_VOXELS
+    ) -> None:
+        """device: "cpu" or "cuda:N"; gpu_memory_mib: for everything on the device, its context included.
+
+        max_voxels: a scan of more is refused before memory is taken for it.
+        """
         self.manifest: Manifest = read_manifest(weights)
+        self.max_voxels = max_voxels
         self.device = device
         self.hybrid = load_hybrid(self.manifest)
         self.targets, share_mib = MAX_TARGETS, 0
@@ -109,7 +116,7 @@ class Pipeline:
         """Segment `source` into `outputs`/X.nii.gz. ValueError where the input cannot be used."""
         report = Report(case_name(source), source.name)
         with report.stage("read"):
-            volume = read_volume(source)
+            volume = read_volume(source, self.max_voxels)
         report.size, report.spacing_mm = volume.geometry.shape, volume.spacing_mm
         with report.stage("hybrid"):
             hybrid, report.scan_score = self.predict_hybrid(volume.body, volume.spacing_mm, partial(progress, "hybrid"))

@@ -12,9 +12,7 @@ import gzip
 import io
 import itertools
 import os
-import sys
 import tempfile
-import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,19 +22,15 @@ from typing import Any
 import cc3d
 import nibabel as nib
 import numpy as np
-from nibabel.filebasedimages import ImageFileError
-from nibabel.spatialimages import HeaderDataError
 from numpy.typing import NDArray
+
+from .files import HEADER_BYTES, LPS_TO_RAS, MAX_VOXELS, Scaled, read_itk, read_nifti
 
 AIR_HU = -1024  # padding below this is clipped
 BODY_HU = -500  # between air and fat
-MAX_VOXELS = 2**31
-HEADER_BYTES = 348  # of NIfTI-1
-MAGIC = slice(344, 348)
 NIFTI_SUFFIXES = (".nii.gz", ".nii")
 SCAN_SUFFIXES = (*NIFTI_SUFFIXES, ".mha", ".nrrd")
 CHANNEL_SUFFIX = "_0000"
-LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0])
 SINGULAR = 1e-4  # of the volume of the unit cell over the product of its edges
 SPATIAL_UNIT = 0b111  # the bits of NIfTI's xyzt_units that say metres, millimetres or microns
 UNIT_MM = {1: 1000.0, 3: 0.001}  # metres and microns; all else counts as mm, as in ITK
@@ -104,9 +98,9 @@ def output_names(case: str) -> tuple[str, str]:
     return f"{case}.nii.gz", f"{case}_probability.nii.gz"
 
 
-def read_volume(path: Path) -> Volume:
+def read_volume(path: Path, max_voxels: int = MAX_VOXELS) -> Volume:
     """Read a CT scan of HU. ValueError with one sentence that names the file and the mend."""
-    array, geometry = _read(path)
+    array, geometry = _read(path, max_voxels)
     hu = np.ascontiguousarray(geometry.to_canonical(_to_hu(path, array)))
     if hu.min() == hu.max():
         raise ValueError(f"{path}: every voxel is {hu.flat[0]}, so it holds no HU: export the scan again")
@@ -123,152 +117,15 @@ def read_label(path: Path, geometry: Geometry) -> NDArray[np.uint8]:
     return np.ascontiguousarray(geometry.to_canonical(array[:].astype(np.uint8)))
 
 
-def _read(path: Path) -> tuple[Any, Geometry]:
-    """Voxels by file axes (i, j, k), an array or nibabel's proxy of one, and their geometry."""
+def _read(path: Path, max_voxels: int = MAX_VOXELS) -> tuple[Scaled, Geometry]:
+    """Voxels by file axes (i, j, k), and their geometry."""
     if path.name.lower().endswith(NIFTI_SUFFIXES):
-        return _read_nifti(path)
-    if is_scan(path):
-        return _read_itk(path)
-    raise ValueError(f"{path}: not a scan by its name: use one of {', '.join(SCAN_SUFFIXES)}")
-
-
-# --- NIfTI ---------------------------------------------------------------------------------------------------------
-
-
-def _read_nifti(path: Path) -> tuple[Any, Geometry]:
-    content = _content(path)
-    if content[MAGIC] != b"n+1\0":
-        raise ValueError(f"{path}: holds no NIfTI-1 image: export the scan again as NIfTI-1")
-    try:
-        # the bare header, without extensions: they may hold private text and sizes that lie;
-        # unchecked, since nibabel would silently mend zero and negative spacings
-        header = nib.Nifti1Header(content[:HEADER_BYTES], check=False)
-        shape = _checked_shape(path, header)
-        geometry = _geometry(path, header, shape)
-        slope, offset = header.get_slope_inter()
-        data_type = header.get_data_dtype()
-        # some writers leave 0; no voxel can lie within the header
-        start = max(int(header["vox_offset"]), header.single_vox_offset)
-        size = int(np.prod(shape)) * data_type.itemsize
-    except (HeaderDataError, ImageFileError, KeyError, OverflowError, ValueError) as error:
-        if str(path) in str(error):
-            raise
-        raise ValueError(f"{path}: its header cannot be read ({error}): export the scan again") from error
-    if len(content) < start + size:
-        raise ValueError(f"{path}: ends before its last voxel: copy it again")
-    array = np.frombuffer(content, data_type, int(np.prod(shape)), start).reshape(shape, order="F")
-    return _Scaled(array, 1.0 if slope is None else float(slope), float(offset or 0.0)), geometry
-
-
-def _content(path: Path) -> bytes:
-    """The file's bytes, unpacked where they are gzip-ed, whatever its name says."""
-    try:
-        with path.open("rb") as file:
-            zipped = file.read(2) == b"\x1f\x8b"
-        with gzip.open(path) if zipped else path.open("rb") as file:
-            return file.read()
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise ValueError(f"{path}: its gzip data is damaged or cut short: copy it again") from error
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be read ({error.strerror}): check the file and its rights") from error
-
-
-def _checked_shape(path: Path, header: nib.Nifti1Header) -> tuple[int, int, int]:
-    if int(header["datatype"]) == 0:
-        raise ValueError(f"{path}: its header names no type of voxels: export the scan again")
-    data_type = header.get_data_dtype()
-    if data_type.kind not in "iuf":
-        raise ValueError(f"{path}: colour or complex voxels are no HU: export the scan as one grey channel")
-    shape = tuple(int(n) for n in header.get_data_shape())
-    return _three(path, shape)
-
-
-def _three(path: Path, shape: tuple[int, ...]) -> tuple[int, int, int]:
-    """A 3-D shape, axes of one voxel beyond the third dropped."""
-    if len(shape) < 3:
-        raise ValueError(f"{path}: has {len(shape)} dimensions: give a volume, of one slice at least, with three")
-    if any(n != 1 for n in shape[3:]):
-        raise ValueError(f"{path}: holds more than one volume {shape}: split it, one file a volume")
-    if min(shape) < 1:
-        raise ValueError(f"{path}: has no voxels {shape}: export the scan again")
-    if int(np.prod(shape[:3], dtype=object)) > MAX_VOXELS:
-        raise ValueError(f"{path}: claims {shape} voxels, more than {MAX_VOXELS}: crop the scan")
-    return shape[0], shape[1], shape[2]
-
-
-@dataclass(frozen=True)
-class _Scaled:
-    """Stored voxels and their linear scaling, applied only to the slabs that are asked for."""
-
-    stored: NDArray[Any]
-    slope: float
-    offset: float
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.stored.shape
-
-    def __getitem__(self, index: Any) -> NDArray[Any]:
-        slab = self.stored[index]
-        if self.slope == 1 and self.offset == 0:
-            return slab
-        with np.errstate(all="ignore"):  # what is not finite afterwards is refused with a sentence
-            return slab.astype(np.float32) * np.float32(self.slope) + np.float32(self.offset)
-
-
-# --- other formats --------------------------------------------------------------------------------------------------
-
-
-def _read_itk(path: Path) -> tuple[Any, Geometry]:
-    import SimpleITK  # only where it is needed: start-up time counts
-
-    reader = SimpleITK.ImageFileReader()
-    reader.SetFileName(str(path))
-    try:
-        with _silent_libraries():
-            reader.ReadImageInformation()
-        if reader.GetNumberOfComponents() != 1 or "complex" in SimpleITK.GetPixelIDValueAsString(reader.GetPixelID()):
-            raise ValueError(f"{path}: colour or complex voxels are no HU: export the scan as one grey channel")
-        shape = _three(path, reader.GetSize())
-        if len(reader.GetSize()) > 3:
-            reader.SetExtractSize([*shape, *[0] * (len(reader.GetSize()) - 3)])
-        with _silent_libraries():
-            image = reader.Execute()
-        header = _itk_header(image)
-    except RuntimeError as error:
-        raise ValueError(f"{path}: cannot be read as an image (data cut short, spacing or direction unusable): "
-                         "export the scan again") from error  # fmt: skip
-    except HeaderDataError as error:
-        raise ValueError(f"{path}: too large for a mask in NIfTI-1 ({error}): crop the scan") from error
-    return _Scaled(SimpleITK.GetArrayFromImage(image).T, 1.0, 0.0), _geometry(path, header, shape)
-
-
-def _itk_header(image: Any) -> nib.Nifti1Header:
-    """The NIfTI header of a 3-D SimpleITK image's grid."""
-    affine = np.eye(4)
-    affine[:3, :3] = LPS_TO_RAS @ np.reshape(image.GetDirection(), (3, 3)) @ np.diag(image.GetSpacing())
-    affine[:3, 3] = LPS_TO_RAS @ image.GetOrigin()
-    header = nib.Nifti1Header()
-    header.set_data_shape(image.GetSize())
-    header.set_zooms(image.GetSpacing())
-    header.set_sform(affine, code=1)
-    header.set_qform(affine, code=1, strip_shears=True)
-    header.set_xyzt_units("mm")
-    return header
-
-
-@contextmanager
-def _silent_libraries() -> Iterator[None]:
-    """What C++ libraries print to stderr of a bad file goes nowhere: the error that follows says it in one line."""
-    sys.stderr.flush()
-    saved, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    try:
-        os.dup2(nowhere, 2)
-        yield
-    finally:
-        os.dup2(saved, 2)
-        os.close(saved)
-        os.close(nowhere)
+        voxels, header = read_nifti(path, max_voxels)
+    elif is_scan(path):
+        voxels, header = read_itk(path, max_voxels)
+    else:
+        raise ValueError(f"{path}: not a scan by its name: use one of {', '.join(SCAN_SUFFIXES)}")
+    return voxels, _geometry(path, header, voxels.shape)
 
 
 # --- geometry and voxels --------------------------------------------------------------------------------------------
@@ -304,7 +161,7 @@ def canonical_axes(direction_ras: NDArray[np.float64]) -> tuple[tuple[int, int, 
     return (best[0], best[1], best[2]), (flips[0], flips[1], flips[2])
 
 
-def _to_hu(path: Path, array: Any) -> NDArray[np.int16]:
+def _to_hu(path: Path, array: Scaled) -> NDArray[np.int16]:
     """Voxels rounded to int16 HU, −1024 at least, slab by slab, so that no float volume of full size is held."""
     hu = np.empty(array.shape, np.int16, order="F")
     for k in range(array.shape[2]):

@@ -84,7 +84,7 @@ BAD: dict[str, tuple[Callable[[Path], None], str]] = {
     "NaN offset": (lambda path: patch(path, VOX_OFFSET, np.float32([np.nan])), "header cannot be read"),
     "constant": (lambda path: save(path, np.zeros_like(HU)), "no HU"),
     "no voxels": (lambda path: patch(path, DIM, np.int16([3, 0, 5, 4])), "no voxels"),
-    "huge": (lambda path: patch(path, DIM, np.int16([3, 32767, 32767, 32767])), "crop the scan"),
+    "huge": (lambda path: patch(path, DIM, np.int16([3, 32767, 32767, 32767])), "crop it, or raise --max-voxels"),
 }
 
 

@@ -1,0 +1,104 @@
+"""Damaged headers by the thousand: each is read, or refused in one sentence, in little memory and time.
+
+python -m benchmarks.fuzz --count 100000
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import SimpleITK
+from tqdm import tqdm
+
+from inference.files import HEADER_BYTES
+from inference.volume import read_volume
+
+SUFFIXES = (".nii", ".nii.gz", ".mha", ".nrrd")
+TEXT_HEADER = 400  # bytes of MHA and NRRD that are damaged
+WORDS = (b"-1", b"0", b"nan", b"1e308", b"99999999999", b"LIST", b"../../etc/passwd", b"gzip", b"raw", b"\n\n", b"3 3")
+MAX_VOXELS = 10**6  # few enough that what is accepted costs little
+SLOW_S = 5.0
+
+
+def healthy(folder: Path) -> dict[str, bytes]:
+    """A sound small scan in each format."""
+    hu = np.random.default_rng(0).integers(-1000, 1000, (6, 5, 4)).astype(np.int16)
+    sound = {".nii": nib.Nifti1Image(hu, np.diag([0.8, 0.8, 3.0, 1.0])).to_bytes()}
+    sound[".nii.gz"] = sound[".nii"]  # packed after it is damaged
+    for suffix in (".mha", ".nrrd"):
+        path = folder / f"sound{suffix}"
+        SimpleITK.WriteImage(SimpleITK.GetImageFromArray(hu.T), str(path))
+        sound[suffix] = path.read_bytes()
+    return sound
+
+
+def damaged(rng: np.random.Generator, content: bytes, suffix: str) -> bytes:
+    """Bytes, numbers or words of the header changed, parts cut out or doubled; at times all is cut short."""
+    changed = bytearray(content)
+    header = HEADER_BYTES if suffix.startswith(".nii") else min(TEXT_HEADER, len(content))
+    for _ in range(int(rng.integers(1, 6))):
+        at = int(rng.integers(header))
+        kind = rng.integers(5)
+        if kind == 0:
+            changed[at] = int(rng.integers(256))
+        elif kind == 1:
+            number = rng.choice([0, -1, 2**31 - 1, 2**15 - 1, 1, 7]).astype("<i4").tobytes()
+            changed[at : at + 4] = number
+        elif kind == 2:
+            changed[at : at + 4] = np.float32(rng.choice([0, -1, np.nan, np.inf, 1e38, 1e-38])).tobytes()
+        elif kind == 3 and not suffix.startswith(".nii"):
+            word = WORDS[rng.integers(len(WORDS))]
+            changed[at : at + len(word)] = word
+        else:
+            changed[at : at + 8] = changed[at : at + int(rng.integers(16))]
+    if rng.random() < 0.1:
+        changed = changed[: int(rng.integers(len(changed)))]
+    packed = gzip.compress(bytes(changed), 1) if suffix == ".nii.gz" else bytes(changed)
+    return packed[: int(rng.integers(len(packed)))] if rng.random() < 0.05 else packed
+
+
+def look(path: Path) -> str:
+    """Whether it was "read" or "refused". RuntimeError where that took long, or was not told in one sentence."""
+    start, said = time.perf_counter(), "read"
+    try:
+        if read_volume(path, MAX_VOXELS).hu.size > MAX_VOXELS:
+            raise RuntimeError(f"{path}: more voxels than allowed")
+    except ValueError as error:
+        said = "refused"
+        if path.name not in str(error) or "\n" in str(error):
+            raise RuntimeError(f"{path}: not told in one sentence: {error}") from error
+    if time.perf_counter() - start > SLOW_S:
+        raise RuntimeError(f"{path}: took more than {SLOW_S} s")
+    return said
+
+
+def run(count: int, seed: int, folder: Path) -> Counter[tuple[str, str]]:
+    """How many of each format were read and refused."""
+    sound, seen = healthy(folder), Counter[tuple[str, str]]()
+    for index in tqdm(range(count), unit="file", disable=None):
+        suffix = SUFFIXES[index % len(SUFFIXES)]
+        path = folder / f"damaged{suffix}"
+        path.write_bytes(damaged(np.random.default_rng((seed, index)), sound[suffix], suffix))
+        seen[suffix, look(path)] += 1
+    return seen
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.fuzz")
+    parser.add_argument("--count", type=int, default=100_000)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        for (suffix, said), times in sorted(run(options.count, options.seed, Path(folder)).items()):
+            print(f"{suffix} {said}: {times}")
+
+
+if __name__ == "__main__":
+    main()
