@@ -1,5 +1,5 @@
 #!/bin/sh
-# The weights that ship, `small`: both networks on phantoms, on a machine of two cores and no GPU.
+# Weights like those that ship, `small` (whose own runs the log tells): both networks on phantoms, two cores, no GPU.
 #
 #     sh training/recipes/small.sh WORK        # two and a half hours; called again, it goes on where it stopped
 #
