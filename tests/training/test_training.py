@@ -119,12 +119,16 @@ def test_unet_learns(folder, tmp_path) -> None:
 def test_a_whole_run_writes_its_weights(folder, tmp_path, module) -> None:
     if module == "hybrid":
         hybrid_training.main(
-            hybrid_training.Settings((folder,), tmp_path, 0.05, validations=2, validation=2, stacks=1, targets=2)
+            hybrid_training.Settings(
+                (folder,), tmp_path, minutes=0.05, validations=2, validation=2, stacks=1, targets=2
+            )
         )
         assert (tmp_path / "hybrid.safetensors").exists()
     else:
         unet_training.main(
-            unet_training.Settings((folder,), tmp_path, 0.05, validation=2, features=4, patch=(32, 32, 32), batch=1)
+            unet_training.Settings(
+                (folder,), tmp_path, minutes=0.05, validation=2, features=4, patch=(32, 32, 32), batch=1
+            )
         )
         assert (tmp_path / "unet.onnx").exists()
     assert "dice" in (tmp_path / "log.jsonl").read_text()
