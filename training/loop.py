@@ -188,7 +188,8 @@ class Run:
         norm = self.fabric.clip_gradients(
             self.task, self.optimizer, max_norm=self.settings.clip, error_if_nonfinite=False
         )
-        if norm is None or norm.isfinite():
+        scaled = self.settings.precision == "16-mixed"  # whose scaler leaves such a step out itself, and learns from it
+        if scaled or norm is None or norm.isfinite():
             self.optimizer.step()
         self.average.update_parameters(self.network)
         self.budget.step += 1

@@ -8,6 +8,7 @@ completed labels); the rules of what is added are ours.
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
@@ -95,8 +96,11 @@ def train_fold(entries: list[Entry], settings: hybrid_training.Settings) -> Hybr
 
 def main(settings: Settings) -> None:
     """Complete partial labels by what networks of the other folds find; the result is OUT/completed."""
-    (data,) = settings.data
-    entries = read_folder(data)
+    if len(settings.data) != 1:
+        raise ValueError("--data: pseudo labels are of one FLARE folder: call it once for each")
+    if "WORLD_SIZE" in os.environ:
+        raise ValueError("pseudo-labels trains in one process: call it without torchrun")
+    entries = read_folder(settings.data[0])
     folds = fold_of(entries, settings.folds, settings.seed)
     added = settings.out / "labels"
     added.mkdir(parents=True, exist_ok=True)

@@ -35,6 +35,14 @@ def test_what_is_added_by_hand() -> None:
     np.testing.assert_array_equal(everywhere, label)  # one component, which touches the label
 
 
+def test_what_it_cannot_do_is_told(monkeypatch) -> None:
+    with pytest.raises(ValueError, match="one FLARE folder"):
+        pseudo_labels.main(replace(SETTINGS, data=(Path(), Path())))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="without torchrun"):
+        pseudo_labels.main(SETTINGS)
+
+
 def test_folds_are_even_and_drawn_by_the_seed(folder) -> None:
     entries = read_folder(folder)
     folds = fold_of(entries, 4, seed=0)

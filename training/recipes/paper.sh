@@ -4,7 +4,7 @@
 #
 #     sh training/recipes/paper.sh FLARE_FOLDER WORK        # called again, it goes on where it stopped
 #
-# Made for GPUs: PROCESSES=4 uses four of them. STEPS are those of one training; the paper's 80 epochs are
+# Made for GPUs: PROCESSES=4 trains on four of them once the labels are complete. STEPS are those of one training; the paper's 80 epochs are
 # 80 × slices / 16 of them.
 set -eu
 data=${1:?name a FLARE folder} work=${2:?name a folder to work in}
@@ -16,7 +16,7 @@ run="torchrun --standalone --nproc-per-node ${PROCESSES:-1} -m training"
 table2="--preset paper --plane coronal --resize stretch --stacks 16 --targets 1 --schedule step --learning-rate 5e-4 \
     --device cuda --steps $steps"
 
-$run pseudo-labels --data "$data" --out "$work/pseudo" --folds 5 $table2
+python -m training pseudo-labels --data "$data" --out "$work/pseudo" --folds 5 $table2
 $run hybrid --data "$work/pseudo/completed" --out "$work/hybrid" $table2
 $run unet --data "$work/pseudo/completed" --out "$work/unet" --features 32 --patch 96 128 128 --steps "$steps" --device cuda
 
