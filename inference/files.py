@@ -186,8 +186,9 @@ def _itk_header(image: Any) -> nib.Nifti1Header:
     header = nib.Nifti1Header()
     header.set_data_shape(image.GetSize())
     header.set_zooms(image.GetSpacing())
-    header.set_sform(affine, code=1)
-    header.set_qform(affine, code=1, strip_shears=True)
+    with np.errstate(over="ignore"):  # an origin beyond float32 becomes infinite, which is refused later
+        header.set_sform(affine, code=1)
+        header.set_qform(affine, code=1, strip_shears=True)
     header.set_xyzt_units("mm")
     return header
 

@@ -136,10 +136,13 @@ def _geometry(path: Path, header: nib.Nifti1Header, shape: tuple[int, int, int])
     if not np.all(np.isfinite(zooms)) or zooms.min() <= 0:
         raise ValueError(f"{path}: its spacing {tuple(zooms.tolist())} mm is not positive: correct the header")
     unit_mm = UNIT_MM.get(int(header["xyzt_units"]) & SPATIAL_UNIT, 1.0)
-    affine = unit_mm * np.asarray(header.get_best_affine(), float)[:3, :3]
+    best = np.asarray(header.get_best_affine(), float)
+    affine = unit_mm * best[:3, :3]
     lengths = np.linalg.norm(affine, axis=0)
     if not np.all(np.isfinite(affine)) or abs(np.linalg.det(affine)) <= SINGULAR * np.prod(lengths):
         raise ValueError(f"{path}: its direction is singular: correct the header")
+    if not np.all(np.isfinite(best)):
+        raise ValueError(f"{path}: its origin is not a finite number: correct the header")
     if max(lengths * shape) > LARGEST_FIELD_MM:
         raise ValueError(f"{path}: would be {max(lengths * shape) / 1000:.3g} m long: correct its spacing")
     axes, flips = canonical_axes(affine / lengths)

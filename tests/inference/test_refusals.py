@@ -74,6 +74,7 @@ BAD: dict[str, tuple[Callable[[Path], None], str]] = {
     "negative spacing": (lambda path: patch(path, PIXDIM + 8, np.float32([-1])), "not positive"),
     "NaN spacing": (lambda path: patch(path, PIXDIM + 8, np.float32([np.nan])), "not positive"),
     "singular": (lambda path: patch(path, SROW, np.float32([0, 1, 0, 0])), "singular"),
+    "infinite origin": (lambda path: patch(path, SROW + 12, np.float32([np.inf])), "origin is not a finite number"),
     "NaN direction": (lambda path: patch(path, SROW, np.float32([np.nan, 1, 0, 0])), "singular"),
     "colour": (colour, "colour"),
     "complex": (lambda path: save(path, HU.astype(np.complex64)), "complex"),
