@@ -27,6 +27,7 @@ HEADER_BYTES = 348  # of NIfTI-1
 MAX_EXTENSIONS = 2**24  # bytes between header and voxels
 MAGIC = slice(344, 348)
 LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0])
+DIMENSIONS = (b"2", b"3", b"4", b"5")  # ITK writes beyond its own memory where a header claims many more
 TEXT_HEADER_BYTES = 2**20  # of MHA and NRRD, at most
 
 
@@ -136,7 +137,7 @@ def read_itk(path: Path, max_voxels: int = MAX_VOXELS) -> tuple[Scaled, nib.Nift
     """Voxels of an MHA or NRRD file, and a NIfTI header of its grid. ValueError with the mend."""
     import SimpleITK  # only where it is needed: start-up time counts
 
-    refuse_other_files(path)
+    check_text_header(path)
     reader = SimpleITK.ImageFileReader()
     reader.SetFileName(str(path))
     try:
@@ -158,8 +159,8 @@ def read_itk(path: Path, max_voxels: int = MAX_VOXELS) -> tuple[Scaled, nib.Nift
     return Scaled(SimpleITK.GetArrayFromImage(image).T, 1.0, 0.0), header
 
 
-def refuse_other_files(path: Path) -> None:
-    """ValueError where the header of an MHA or NRRD file has its voxels in another file, anywhere on this machine."""
+def check_text_header(path: Path) -> None:
+    """ValueError where an MHA or NRRD header has its voxels in another file, or would crash ITK by its dimensions."""
     try:
         with path.open("rb") as file:
             head = file.read(TEXT_HEADER_BYTES)
@@ -171,6 +172,8 @@ def refuse_other_files(path: Path) -> None:
             return  # a blank line ends the header of a NRRD file
         key, _, value = line.partition(b":" if nrrd else b"=")
         key = key.replace(b" ", b"").strip().lower()
+        if key in (b"dimension", b"ndims") and value.strip() not in DIMENSIONS:
+            raise ValueError(f"{path}: cannot be read as an image (its number of dimensions): export the scan again")
         if key in (b"datafile", b"elementdatafile"):
             if not nrrd and value.strip().upper() == b"LOCAL":
                 return

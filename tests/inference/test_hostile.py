@@ -81,6 +81,14 @@ def test_no_header_makes_us_read_another_file(tmp_path, suffix: str, place: str)
         read_volume(path)
 
 
+def test_dimensions_that_crash_itk_are_refused(tmp_path) -> None:
+    path = tmp_path / "many.mha"
+    SimpleITK.WriteImage(SimpleITK.GetImageFromArray(HU), str(path))
+    path.write_bytes(path.read_bytes().replace(b"NDims = 3", b"NDims =99999999999"))
+    with pytest.raises(ValueError, match="number of dimensions"):
+        read_volume(path)
+
+
 def test_a_thousand_damaged_headers(tmp_path) -> None:
     seen = fuzz.run(1000, 1, tmp_path)
     assert sum(seen.values()) == 1000
