@@ -63,12 +63,8 @@ class HybridTask(Task):
     def __init__(self, network: Hybrid, classifier_weight: float) -> None:
         heads = OrganHeads([2 * network.config.cnn_width, network.config.prompt_dim])
         heads.watch([network.cnn.ups[-2], network.vit.neck])
-        super().__init__(network, heads)
+        super().__init__(network, heads, (1, network.config.slices, IMAGE_SIZE, IMAGE_SIZE))  # one window
         self.classifier_weight = classifier_weight
-
-    def example(self) -> Tensor:
-        """One window."""
-        return torch.zeros(1, 1 + 2 * self.network.config.radius, IMAGE_SIZE, IMAGE_SIZE)
 
     def forward(self, stacks: Stacks, share: float) -> Tensor:
         """Loss of whole slices, or of the CNN alone where they are crops."""

@@ -18,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeVar, cast
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -26,7 +26,7 @@ from lightning_fabric import Fabric
 from lightning_fabric.loggers import TensorBoardLogger
 from lightning_fabric.strategies import DDPStrategy
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
@@ -104,13 +104,10 @@ class Task(nn.Module):
     The heads are trained along and saved, never shipped.
     """
 
-    def __init__(self, network: nn.Module, heads: OrganHeads) -> None:
+    def __init__(self, network: nn.Module, heads: OrganHeads, example: tuple[int, ...]) -> None:
+        """example: shape of an input of the network, whose multiply-adds are told at the start."""
         super().__init__()
-        self.network, self.heads = network, heads
-
-    def example(self) -> Tensor:
-        """Zeros that the network takes, whose multiply-adds are told at the start."""
-        raise NotImplementedError
+        self.network, self.heads, self.example = network, heads, example
 
 
 def make_fabric(settings: Common) -> Fabric:
@@ -137,7 +134,7 @@ class Run:
     """A task in training: its averaged network, which validates and ships, its optimizer and its checkpoint."""
 
     def __init__(self, task: Task, optimizer: Callable[..., torch.optim.Optimizer], settings: Common) -> None:
-        self.settings, self.network = settings, task.network
+        self.settings, self.network, self.example = settings, task.network, task.example
         self.fabric = make_fabric(settings)
         average = AveragedModel(task.network, multi_avg_fn=get_ema_multi_avg_fn(settings.decay))  # a plain copy
         self.average = average.to(self.fabric.device).requires_grad_(False)
@@ -147,9 +144,6 @@ class Run:
         self.budget, self.best = Budget(settings.minutes, settings.steps), -1.0
         if (settings.out / CHECKPOINT).exists():
             self._load(settings.out / CHECKPOINT)
-
-    def example(self) -> Tensor:
-        return cast(Task, self.task.module).example().to(self.fabric.device)
 
     @property
     def step(self) -> int:
@@ -233,7 +227,12 @@ def train(
     """
     if run.share() == 1:
         return
-    log(run, start=asdict(run.settings), processes=run.fabric.world_size, **size(run.average.module, run.example()))
+    log(
+        run,
+        start=asdict(run.settings),
+        processes=run.fabric.world_size,
+        **size(run.average.module, torch.zeros(run.example, device=run.fabric.device)),
+    )
     with metered(run.settings.g_per_kwh) as spent:
         _until_spent(run, batch, validate, keep)
     log(run, **spent)

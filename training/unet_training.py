@@ -46,12 +46,7 @@ class UNetTask(Task):
         network = build_unet(config).to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
         heads = OrganHeads([4 * config.features, 2 * config.features])
         heads.watch(list(network.upsamples)[-3:-1])  # a quarter and half of the resolution
-        super().__init__(network, heads)
-        self.config = config
-
-    def example(self) -> Tensor:
-        """One patch of inference."""
-        return torch.zeros(1, len(self.config.windows_hu), *self.config.patch)
+        super().__init__(network, heads, (1, len(config.windows_hu), *config.patch))
 
     def forward(self, patches: Patches, share: float) -> Tensor:
         image, label, organs = patches
