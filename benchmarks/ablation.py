@@ -45,6 +45,7 @@ class Settings:
     out: Path = Path("benchmarks/results/ablation.json")
     minutes: float = 20.0  # a training
     steps: int = 0  # a training, instead
+    validation: int = 12  # cases kept out of each training
     seeds: tuple[int, ...] = (0, 1, 2)
     variants: tuple[str, ...] = tuple(VARIANTS)
     partial: Path | None = None  # the same scans with partial labels, as one more variant
@@ -56,9 +57,9 @@ def figures(settings: Settings, changes: dict[str, Any], folder: Path, seed: int
     done = folder / "figures.json"
     if done.exists():
         return dict(json.loads(done.read_text()))
-    own: dict[str, Any] = {"data": settings.data, "minutes": settings.minutes, "steps": settings.steps, "seed": seed}
+    own: dict[str, Any] = {name: getattr(settings, name) for name in ("data", "minutes", "steps", "validation")}
     cache = settings.work / "cache"
-    hybrid_training.main(hybrid_training.Settings(**{**own, "out": folder, "cache": cache, **changes}))
+    hybrid_training.main(hybrid_training.Settings(**{**own, "out": folder, "cache": cache, "seed": seed, **changes}))
     release.main(release.Settings(folder / "hybrid.safetensors", settings.unet, folder / "weights"))
     pipeline = Pipeline(folder / "weights")
     entries = [entry for entry in read_folder(settings.held_out) if entry.complete]

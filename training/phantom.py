@@ -9,7 +9,6 @@ y anterior to posterior, x right to left, which is LPS.
 
 from __future__ import annotations
 
-import csv
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -23,7 +22,7 @@ from tqdm import tqdm
 
 from training import anatomy, skeleton, viscera
 from training.anatomy import Patient
-from training.data import COLUMNS
+from training.data import Annotated, Entry, write_rows
 from training.lesions import SITE_CODE, Lesion, add_lesions
 from training.scene import Canvas, render
 from training.shapes import Array, Axes
@@ -234,21 +233,20 @@ class Settings:
     network_grid: bool = False  # 256×256 scans as the networks see them, at a fifth of the time and space
 
 
-def _write_case(seed: int, settings: Settings) -> dict[str, str | int]:
-    """Write one phantom; its row of `cases.csv`."""
+def _write_case(seed: int, settings: Settings) -> Entry:
+    """Write one phantom; what is known of it."""
     rng = np.random.default_rng((PHANTOM_VERSION, seed, 7))
     scanner = Scanner.training(rng) if settings.network_grid else None
     phantom = make_phantom(seed, healthy=is_healthy(seed, settings.healthy_share), scanner=scanner)
     name = f"phantom_{seed:06d}"
     write_flare(phantom, settings.out, name)
-    annotated = "complete"
+    scan, label = (settings.out / f"{place}.nii.gz" for place in (f"imagesTr/{name}_0000", f"labelsTr/{name}"))
+    annotated: Annotated = "complete"
     if not phantom.healthy and rng.random() < settings.partial_share:
         site = str(rng.choice(sorted({lesion.site for lesion in phantom.drawn})))
-        write_nifti(phantom.annotated_by_site(site), phantom.spacing_mm, settings.out / "labelsTr" / f"{name}.nii.gz")
+        write_nifti(phantom.annotated_by_site(site), phantom.spacing_mm, label)
         annotated = "partial"
-    return {
-        "case": name, "annotated": annotated, "healthy": int(phantom.healthy), "lesion_type": phantom.lesion_type
-    }  # fmt: skip
+    return Entry(name, scan, label, None, annotated, phantom.healthy, phantom.lesion_type)
 
 
 def main(settings: Settings) -> None:
@@ -262,10 +260,7 @@ def main(settings: Settings) -> None:
     bar: dict[str, Any] = {"total": settings.count, "unit": "scan"}
     if settings.jobs > 1:
         with ProcessPoolExecutor(settings.jobs) as pool:
-            rows = list(tqdm(pool.map(work, seeds), **bar))
+            entries = list(tqdm(pool.map(work, seeds), **bar))
     else:
-        rows = list(tqdm(map(work, seeds), **bar))
-    with (settings.out / "cases.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        writer.writeheader()
-        writer.writerows(rows)
+        entries = list(tqdm(map(work, seeds), **bar))
+    write_rows(settings.out, entries)

@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import ablation
 from inference.hybrid.config import PRESETS, HybridConfig
 from inference.pipeline import Pipeline
+from training import hybrid_training
 from training.__main__ import main
 
 BUDGET = ["--steps", "2", "--validation", "1", "--validations", "1", "--device", "cpu"]
@@ -57,3 +59,19 @@ def test_users_mistakes_are_told_in_a_line(folder, tmp_path, command, capsys) ->
     assert command("release", "--hybrid", stranger, "--unet", stranger, "--out", tmp_path / "mine") == 1
     assert str(stranger) in capsys.readouterr().err
     assert not Path(tmp_path / "mine").exists()
+
+
+def test_ablation_compares_variants_and_does_none_twice(folder, tmp_path, command, monkeypatch) -> None:
+    assert command("unet", "--data", folder, "--out", tmp_path, "--features", 4, "--patch", 16, 32, 32, *BUDGET) == 0
+    settings = ablation.Settings(
+        (folder,), folder, tmp_path / "unet.onnx", tmp_path / "work", tmp_path / "ablation.json",
+        steps=1, validation=1, seeds=(0,), variants=("one slice",),
+    )  # fmt: skip
+    ablation.main(settings)
+    told = json.loads((tmp_path / "ablation.json").read_text())
+    assert (told["judged_cases"], list(told["variants"])) == (3, ["full", "one slice"])
+    full = told["variants"]["full"]["fused"]
+    assert (full["difference"], full["low"], full["high"]) == (0, 0, 0)
+    monkeypatch.setattr(hybrid_training, "main", None)
+    ablation.main(settings)
+    assert json.loads((tmp_path / "ablation.json").read_text())["variants"] == told["variants"]
