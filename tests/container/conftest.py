@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from container_engine import REPOSITORY, Engine, context_digest, docker_works, start
+from container_engine import ARCHIVE_LIMIT_S, REPOSITORY, Engine, context_digest, docker_works, start
 
 IMAGE = "samcancer-test"  # used as IMAGE:latest, as graders do
 CONTEXT_LABEL = "samcancer.context"
@@ -33,3 +34,14 @@ def image(engine: Engine) -> str:
     if engine.label(f"{IMAGE}:latest", CONTEXT_LABEL) != digest:
         engine.build(f"{IMAGE}:latest", REPOSITORY, f"{CONTEXT_LABEL}={digest}")
     return IMAGE
+
+
+@pytest.fixture(scope="session")
+def archive(engine: Engine, image: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """`docker save` of the image, once: 8 GB, and as many again while it is made; gzip would add minutes only."""
+    path = tmp_path_factory.mktemp("archive") / f"{image}.tar"
+    try:
+        engine.docker("save", f"{image}:latest", "-o", str(path), limit_s=ARCHIVE_LIMIT_S)
+        yield path
+    finally:
+        path.unlink(missing_ok=True)

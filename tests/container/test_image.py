@@ -210,16 +210,11 @@ def test_labels_say_what_the_project_says(engine: Engine, image: str) -> None:
     assert said == {"title": project["name"], "licenses": project["license"], "version": project["version"]}
 
 
-def test_saved_removed_and_loaded_it_still_runs(bench: Bench, tmp_path: Path) -> None:
-    """Last in the file: the image is away for a while. Not gzip-ed: that adds minutes and shows nothing more."""
-    archive = tmp_path / f"{bench.image}.tar"
-    try:
-        bench.engine.docker("save", f"{bench.image}:latest", "-o", str(archive), limit_s=ARCHIVE_LIMIT_S)
-        assert_archive_is_whole(archive, bench.image)
-        bench.engine.docker("rmi", f"{bench.image}:latest")
-        assert bench.engine.docker("image", "inspect", f"{bench.image}:latest", check=False).returncode != 0
-        bench.engine.docker("load", "-i", str(archive), limit_s=ARCHIVE_LIMIT_S)
-    finally:
-        archive.unlink(missing_ok=True)
+def test_saved_removed_and_loaded_it_still_runs(bench: Bench, archive: Path) -> None:
+    """Last in the file: the image is away for a while."""
+    assert_archive_is_whole(archive, bench.image)
+    bench.engine.docker("rmi", f"{bench.image}:latest")
+    assert bench.engine.docker("image", "inspect", f"{bench.image}:latest", check=False).returncode != 0
+    bench.engine.docker("load", "-i", str(archive), limit_s=ARCHIVE_LIMIT_S)
     write_ct(bench.inputs, "case_0001")
     bench.assert_done(bench.run(), "case_0001")
