@@ -28,14 +28,11 @@ RUN python -m compileall -q --invalidation-mode checked-hash inference \
     && find . \( ! -perm -004 -o -type d ! -perm -005 \) -exec chmod a+rX {} + \
     && mkdir -p inputs outputs
 
-# No run writes outside outputs/: bytecode is compiled above, and a cache of CUDA's compiler would die with the container. torch
-# makes the folder for its compiler's cache when torchvision is imported, named after a user that `--user` may not have; one that
-# exists is left as it is.
+# No run writes outside outputs/: bytecode is compiled above, and a cache of CUDA's compiler would die with the container.
 # The NVIDIA_ variables ask the NVIDIA runtime for the devices where `--gpus` is not given, and for NVML besides CUDA.
 ENV PYTHONDONTWRITEBYTECODE=1 \
     PYTHONUNBUFFERED=1 \
     CUDA_CACHE_DISABLE=1 \
-    TORCHINDUCTOR_CACHE_DIR=/tmp \
     NVIDIA_VISIBLE_DEVICES=all \
     NVIDIA_DRIVER_CAPABILITIES=compute,utility
 

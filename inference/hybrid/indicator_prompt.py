@@ -10,11 +10,10 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from segment_anything.modeling.prompt_encoder import PromptEncoder
-from segment_anything.modeling.transformer import Attention
 from torch import Tensor, nn
 
 from .config import IMAGE_SIZE, TOKENS, HybridConfig
+from .sam import Attention, PromptEncoder
 
 HEADS = 8
 NEGATIVE, POSITIVE, CORNER_1, CORNER_2 = range(4)  # SAM's order of point-type embeddings
@@ -51,6 +50,7 @@ class IndicatorPromptEncoder(nn.Module):
         self.background_head = head(dim)
         self.classifier = nn.Linear(dim, 2)
         self.gate = config.gate
+        self.presence_threshold = 0.5  # of the classifier's probability, for a slice to get positive prompts
 
     def forward(self, maps: list[Tensor], present: Tensor | None = None) -> Prompts:
         """Maps: six (N, C_i, H_i, W_i); present: (N,) bool, the truth in training, or None to trust the classifier."""
@@ -59,7 +59,7 @@ class IndicatorPromptEncoder(nn.Module):
         negative = self.negative_norm(self._ask(self.negative_prototype, self.negative_attention, average))
         presence = self.classifier(positive)
         if present is None:
-            present = presence[:, 1] > presence[:, 0]
+            present = presence.float().softmax(dim=1)[:, 1] >= self.presence_threshold
         if not self.gate:
             present = torch.ones_like(present)
         return Prompts(self._prompts(positive, negative, present), presence)

@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from segment_anything.modeling.mask_decoder import MaskDecoder
-from segment_anything.modeling.transformer import TwoWayTransformer
 from torch import Tensor, nn
 
 from .config import IMAGE_SIZE, HybridConfig
+from .sam import MaskDecoder, TwoWayTransformer
 
 MLP_RATIO = 8  # SAM: 2048 for 256 channels
 

@@ -7,11 +7,10 @@ each MLP follows SAMCT (2024).
 from __future__ import annotations
 
 import torch
-from segment_anything.modeling.common import MLPBlock
-from segment_anything.modeling.image_encoder import ImageEncoderViT
 from torch import Tensor, nn
 
 from .config import IMAGE_SIZE, LEVELS, PATCH_SIZE, HybridConfig
+from .sam import ImageEncoderViT, MLPBlock
 
 ADAPTER_REDUCTION = 4
 ADAPTER_SCALE = 0.5
