@@ -28,14 +28,16 @@ WEIGHTS_FOLDER = Path(__file__).parent.parent / "weights"
 
 @dataclass(frozen=True)
 class Gate:
-    """Verdict on a whole scan.
+    """Verdicts on slices and on a whole scan.
 
+    slice_threshold: a slice whose probability of holding a lesion lies below gets no positive prompts.
     scan_threshold: a scan whose score (see `pipeline.scan_score`) lies below is judged healthy.
     skip_unet: do not even run the UNet on a scan judged healthy.
     """
 
     scan_threshold: float
     skip_unet: bool = False
+    slice_threshold: float = 0.5
 
 
 @dataclass(frozen=True)
@@ -119,11 +121,12 @@ def find_weights(name_or_folder: str) -> Path:
 
 
 def load_hybrid(manifest: Manifest) -> Hybrid:
-    """The hybrid network in float32, in evaluation mode, on the CPU."""
+    """The hybrid network for use: in float32, on the CPU, batch norms folded, the gate as the manifest says."""
     import torch
     from safetensors import SafetensorError
     from safetensors.torch import load
 
+    from .hybrid.cnn_unet import fold_batch_norms
     from .hybrid.model import Hybrid, channels_last
 
     try:
@@ -134,4 +137,6 @@ def load_hybrid(manifest: Manifest) -> Hybrid:
     except (RuntimeError, TypeError, SafetensorError) as error:
         first_line = str(error).split("\n")[0]
         raise ValueError(f"{manifest.folder}: the hybrid weights do not fit their settings: {first_line}") from error
-    return channels_last(model.eval().requires_grad_(False))
+    model.prompt_encoder.presence_threshold = manifest.gate.slice_threshold
+    fold_batch_norms(model.eval().requires_grad_(False))
+    return channels_last(model)

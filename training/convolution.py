@@ -34,11 +34,13 @@ class MatrixConvTranspose3d(nn.ConvTranspose3d):
         assert self.stride == self.kernel_size
         assert output_size is None
         blocks = nn.functional.linear(x.movedim(1, -1), self.weight.flatten(1).T)  # N, D, H, W, C_out · k
-        blocks = blocks.unflatten(-1, self.weight.shape[1:]).permute(0, 4, 1, 5, 2, 6, 3, 7)
-        n, channels, *sides = blocks.shape
+        blocks = blocks.unflatten(-1, self.weight.shape[1:]).permute(0, 1, 5, 2, 6, 3, 7, 4)
+        n, *sides, channels = blocks.shape
         spatial = [size * k for size, k in zip(sides[::2], sides[1::2], strict=True)]
-        out = blocks.reshape(n, channels, *spatial)
-        return out if self.bias is None else out + self.bias.to(out.dtype)[:, None, None, None]
+        out = blocks.reshape(n, *spatial, channels)
+        if self.bias is not None:
+            out = out + self.bias.to(out.dtype)
+        return out.movedim(-1, 1)  # channels-last, as what it will be joined with
 
 
 def planar(model: Model) -> Model:

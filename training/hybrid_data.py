@@ -22,7 +22,7 @@ LESION, LESION_FREE, HEALTHY = "lesion", "lesion_free", "healthy"
 SHARES = {LESION: 0.5, LESION_FREE: 0.25, HEALTHY: 0.25}
 LUNG = "lung"  # the lesion type that is also seen in the lung window, which inference never uses
 WINDOWS = {"tissue": TISSUE_WINDOW_HU, LUNG: LUNG_WINDOW_HU}
-SHOWN_ANYWAY = 0.25  # of the slices without a lesion: the classifier errs, and then the decoder alone must say no
+SHOWN_ANYWAY = 0.5  # of the slices without a lesion: the classifier errs, and then the decoder alone must say no
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from inference.hybrid.config import IMAGE_SIZE, PRESETS, HybridConfig
+from inference.hybrid.config import IMAGE_SIZE, PRESETS, HybridConfig, Norm
 from inference.hybrid.model import Hybrid, channels_last
 from inference.hybrid.predict import run_stack
 from inference.slices import Plane, Resize
@@ -36,9 +36,12 @@ VALIDATION_STACK = 16  # slices
 @dataclass(frozen=True)
 class Settings(Common):
     preset: Literal["paper", "base", "small"] = "small"
-    slices: Literal[1, 5] = 5  # of a window; this and the next two are for ablations
+    slices: Literal[1, 5] = 5  # of a window; this and the next five are for ablations
     exchanges: bool = True  # between the branches
     gate: bool = True  # whether the classifier withholds positive prompts
+    vit: bool = True  # whether the ViT is heard
+    cnn: bool = True  # whether the CNN is heard
+    norm: Norm | None = None  # of the CNN, instead of the preset's
     plane: Plane = "axial"
     resize: Resize = "square"
     stacks: int = 4  # a batch is stacks × targets windows
@@ -52,7 +55,12 @@ class Settings(Common):
 
     @property
     def config(self) -> HybridConfig:
-        return replace(PRESETS[self.preset], slices=self.slices, exchanges=self.exchanges, gate=self.gate)
+        preset = PRESETS[self.preset]
+        return replace(
+            preset,
+            norm=self.norm or preset.norm,
+            **{name: getattr(self, name) for name in ("slices", "exchanges", "gate", "vit", "cnn")},
+        )
 
 
 class HybridTask(Task):
@@ -105,6 +113,8 @@ def validate(run: Run, case: SliceCase) -> tuple[float, float]:
 
 def main(settings: Settings) -> None:
     """Train; the best averaged weights are RUN_DIR/hybrid.safetensors."""
+    if settings.crop_share and not settings.cnn:
+        raise ValueError("--crop-share trains the CNN alone, which --no-cnn leaves out: give one of them")
     settings.out.mkdir(parents=True, exist_ok=True)
     entries, held_out = split(settings.data, settings.validation)
     cases = slice_cases(entries + held_out, settings.cache_folder, settings.plane, settings.resize, settings.jobs)

@@ -140,6 +140,8 @@ class Run:
         self.average = average.to(self.fabric.device).requires_grad_(False)
         if self.fabric.device.type == "cpu":
             planar(task.network)
+        elif self.fabric.world_size > 1:  # batch norm of the whole batch, as in one process; not to be had on a CPU
+            task = nn.SyncBatchNorm.convert_sync_batchnorm(task)
         self.task, self.optimizer = self.fabric.setup(task, optimizer(task.parameters(), lr=settings.learning_rate))
         self.budget, self.best = Budget(settings.minutes, settings.steps), -1.0
         if (settings.out / CHECKPOINT).exists():

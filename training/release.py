@@ -40,9 +40,12 @@ class Recipe:
 
 
 def release(hybrid: dict[str, torch.Tensor], unet: bytes, recipe: Recipe, out: Path) -> None:
-    """Write `out`/{hybrid.safetensors, unet.onnx, manifest.json}; the hybrid in float16."""
+    """Write `out`/{hybrid.safetensors, unet.onnx, manifest.json}.
+
+    The hybrid in float16, but for what is no matrix: it takes no room, and a small variance would vanish.
+    """
     out.mkdir(parents=True, exist_ok=True)
-    half = {name: value.half().contiguous() for name, value in hybrid.items()}
+    half = {name: (value.half() if value.ndim > 1 else value).contiguous() for name, value in hybrid.items()}
     parts = {"hybrid.safetensors": save(half), "unet.onnx": unet}
     for name, content in parts.items():
         (out / name).write_bytes(content)

@@ -2,7 +2,9 @@
 
 Maps are (N, channels, depth, height, width). Convolutions look across slices only where their `Depth` says so; every
 pooling, norm and gate acts on each slice by itself, so a slice's features do not depend on which stack holds it.
-Source: SAMCancer §2 and SAMCT's CNN encoder (bias-free convolutions, layer norm over channels, GELU).
+Source: SAMCancer §2 and SAMCT's CNN encoder (bias-free convolutions, layer norm over channels, GELU). With
+`config.norm` "batch", batch norm and ReLU take the place of layer norm and GELU: a layer norm over the channels takes
+away how strong they all are, and so the HU of every region without an edge.
 """
 
 from __future__ import annotations
@@ -12,8 +14,9 @@ from enum import Enum
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from .config import LEVELS, HybridConfig
+from .config import LEVELS, HybridConfig, Norm
 
 GATE_REDUCTION = 4
 SPATIAL_GATE_KERNEL = 7
@@ -32,6 +35,17 @@ def centre(x: Tensor, depth: int, axis: int = 2) -> Tensor:
     return x.narrow(axis, (x.shape[axis] - depth) // 2, depth)
 
 
+def plane_mean(x: Tensor) -> Tensor:
+    """(N, C, D, H, W) → (N, D, C). These two are products of matrices, ten times as fast as `mean` in bfloat16."""
+    pixels = x.movedim(1, -1).flatten(2, 3)
+    return (pixels.new_full((1, pixels.shape[2]), 1 / pixels.shape[2]) @ pixels)[:, :, 0]
+
+
+def channel_mean(x: Tensor) -> Tensor:
+    """(N, C, D, H, W) → (N, 1, D, H, W)."""
+    return F.linear(x.movedim(1, -1), x.new_full((1, x.shape[1]), 1 / x.shape[1])).movedim(-1, 1)
+
+
 class ChannelNorm(nn.LayerNorm):
     """Layer norm over the channels of (N, C, D, H, W); fused where the memory format is channels-last."""
 
@@ -40,51 +54,63 @@ class ChannelNorm(nn.LayerNorm):
 
 
 class Conv(nn.Sequential):
-    """Bias-free convolution, channel norm, GELU."""
+    """Bias-free convolution, norm, activation."""
 
-    def __init__(self, c_in: int, c_out: int, size: int = 3, dilation: int = 1, depth: Depth = Depth.NONE) -> None:
+    def __init__(
+        self, c_in: int, c_out: int, norm: Norm, size: int = 3, dilation: int = 1, depth: Depth = Depth.NONE
+    ) -> None:
         planes = 1 if depth is Depth.NONE else 3
         padding = (1 if depth is Depth.KEEP else 0, dilation * (size // 2), dilation * (size // 2))
         conv = nn.Conv3d(
             c_in, c_out, (planes, size, size), padding=padding, dilation=(1, dilation, dilation), bias=False
         )
-        super().__init__(conv, ChannelNorm(c_out), nn.GELU())
+        if norm == "batch":
+            super().__init__(conv, nn.BatchNorm3d(c_out), nn.ReLU())
+        else:
+            super().__init__(conv, ChannelNorm(c_out), nn.GELU())
 
 
-def double_conv(c_in: int, c_out: int, depth: Depth) -> nn.Sequential:
+def fold_batch_norms(model: nn.Module) -> None:
+    """Put every batch norm of a model that will not be trained into the convolution before it: the same result."""
+    for conv in model.modules():
+        if isinstance(conv, Conv) and isinstance(conv[1], nn.BatchNorm3d):
+            conv[0], conv[1] = fuse_conv_bn_eval(conv[0], conv[1]), nn.Identity()
+
+
+def double_conv(c_in: int, c_out: int, norm: Norm, depth: Depth) -> nn.Sequential:
     second = Depth.KEEP if depth is Depth.KEEP else Depth.NONE
-    return nn.Sequential(Conv(c_in, c_out, depth=depth), Conv(c_out, c_out, depth=second))
+    return nn.Sequential(Conv(c_in, c_out, norm, depth=depth), Conv(c_out, c_out, norm, depth=second))
 
 
 class AttentionStem(nn.Module):
     """Two branches (3×3 dilated by 3; 5×5), a gate over channels, then a gate over space, both slice by slice."""
 
-    def __init__(self, channels: int, depth: Depth) -> None:
+    def __init__(self, channels: int, norm: Norm, depth: Depth) -> None:
         super().__init__()
-        self.wide = Conv(1, channels, size=3, dilation=3, depth=depth)
-        self.near = Conv(1, channels, size=5, depth=depth)
+        self.wide = Conv(1, channels, norm, size=3, dilation=3, depth=depth)
+        self.near = Conv(1, channels, norm, size=5, depth=depth)
         hidden = max(channels // GATE_REDUCTION, 4)
         self.channel_gate = nn.Sequential(nn.Linear(channels, hidden), nn.GELU(), nn.Linear(hidden, channels))
         self.spatial_gate = nn.Conv3d(
             2, 1, (1, SPATIAL_GATE_KERNEL, SPATIAL_GATE_KERNEL), padding=(0, *(SPATIAL_GATE_KERNEL // 2,) * 2)
         )
-        self.mix = Conv(channels, channels, depth=depth)
+        self.mix = Conv(channels, channels, norm, depth=depth)
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, 1, D, H, W) → (N, C, D, H, W)."""
         x = self.wide(x) + self.near(x)
-        weights = self.channel_gate(x.mean(dim=(3, 4)).transpose(1, 2))  # N, D, C
+        weights = self.channel_gate(plane_mean(x))
         x = x * torch.sigmoid(weights).transpose(1, 2)[..., None, None]
-        summary = torch.cat([x.mean(dim=1, keepdim=True), x.amax(dim=1, keepdim=True)], dim=1)
+        summary = torch.cat([channel_mean(x), x.amax(dim=1, keepdim=True)], dim=1)
         return self.mix(x * torch.sigmoid(self.spatial_gate(summary)))
 
 
 class Down(nn.Module):
     """Max-pool 2 in the plane and a double convolution."""
 
-    def __init__(self, c_in: int, c_out: int, depth: Depth) -> None:
+    def __init__(self, c_in: int, c_out: int, norm: Norm, depth: Depth) -> None:
         super().__init__()
-        self.convs = double_conv(c_in, c_out, depth)
+        self.convs = double_conv(c_in, c_out, norm, depth)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.convs(F.max_pool3d(x, (1, 2, 2)))
@@ -93,10 +119,10 @@ class Down(nn.Module):
 class Up(nn.Module):
     """Transposed convolution 2 in the plane, the skip beside it, a double convolution."""
 
-    def __init__(self, c_in: int, c_out: int, depth: Depth) -> None:
+    def __init__(self, c_in: int, c_out: int, norm: Norm, depth: Depth) -> None:
         super().__init__()
         self.upsample = nn.ConvTranspose3d(c_in, c_out, (1, 2, 2), stride=(1, 2, 2))
-        self.convs = double_conv(2 * c_out, c_out, depth)
+        self.convs = double_conv(2 * c_out, c_out, norm, depth)
 
     def forward(self, x: Tensor, skip: Tensor) -> Tensor:
         x = self.upsample(x)
@@ -113,10 +139,11 @@ class CnnUNet(nn.Module):
         shrink = Depth.SHRINK if config.slices > 1 and not config.planes_kept else across
         downs = [shrink, shrink, across, across]
         ups = [across, across, Depth.NONE, Depth.NONE]
-        self.stem = AttentionStem(widths[0], across)
-        self.downs = nn.ModuleList(Down(a, b, d) for a, b, d in zip(widths, widths[1:], downs, strict=False))
+        norm = config.norm
+        self.stem = AttentionStem(widths[0], norm, across)
+        self.downs = nn.ModuleList(Down(a, b, norm, d) for a, b, d in zip(widths, widths[1:], downs, strict=False))
         pairs = list(zip(widths[:0:-1], widths[-2::-1], strict=True))
-        self.ups = nn.ModuleList(Up(a, b, d) for (a, b), d in zip(pairs, ups, strict=True))
+        self.ups = nn.ModuleList(Up(a, b, norm, d) for (a, b), d in zip(pairs, ups, strict=True))
         self.widths = widths
 
     def decode(self, maps: list[Tensor], depth: int) -> list[Tensor]:

@@ -50,6 +50,10 @@ class Hybrid(nn.Module):
         targets = self._targets(stack)
         image, maps = self._encode(stack, targets)
         decoded = [self._slices(x) for x in self.cnn.decode(maps, targets)]
+        if not self.config.vit:
+            image = torch.zeros_like(image)
+        if not self.config.cnn:
+            decoded = [torch.zeros_like(x) for x in decoded]
         prompts = self.prompt_encoder([*decoded, image], None if present is None else present.flatten())
         no_mask, position = self.prompt_encoder.dense()
         logits = self.mask_decoder(image, position, prompts.sparse, no_mask, decoded[-1])
@@ -78,6 +82,7 @@ class Hybrid(nn.Module):
     def _encode(self, stack: Tensor, targets: int) -> tuple[Tensor, list[Tensor]]:
         """Both encoders with their exchanges → image embedding (N·S, dim, 16, 16) and the CNN's five maps."""
         maps = [self.cnn.stem(stack[:, None])]
+        exchanges = self.config.exchanges and self.config.vit and self.config.cnn
         tokens = stack  # (N, planes, 256, 256), from the first stage on (N, planes, 16, 16, E)
         for level in range(LEVELS):
             maps.append(self.cnn.downs[level](maps[-1]))
@@ -85,7 +90,7 @@ class Hybrid(nn.Module):
             flat = centre(tokens, planes, axis=1).flatten(0, 1)
             flat = self.vit.stage(level, self.vit.embed(flat) if level == 0 else flat)
             tokens = flat.unflatten(0, (len(stack), planes))
-            if self.config.exchanges:
+            if exchanges:
                 tokens, maps[-1] = self.exchanges[level](tokens, maps[-1])
         return self.vit.finish(tokens.flatten(0, 1)), maps
 

@@ -45,9 +45,33 @@ def test_a_release_loads_as_it_was(weights: Path) -> None:
     torch.testing.assert_close(model(stack).logits, reference.eval()(stack).logits)
 
 
-def test_the_hybrid_is_stored_in_float16(weights: Path) -> None:
+def test_the_hybrids_matrices_are_stored_in_float16(weights: Path) -> None:
     with safe_open(weights / "hybrid.safetensors", "pt") as file:
-        assert {file.get_tensor(name).dtype for name in file.keys()} == {torch.float16}  # noqa: SIM118
+        tensors = [file.get_tensor(name) for name in file.keys()]  # noqa: SIM118
+    assert {tensor.dtype for tensor in tensors if tensor.ndim > 1} == {torch.float16}
+    assert {tensor.dtype for tensor in tensors if tensor.ndim < 2} == {torch.float32}
+
+
+def test_batch_norms_load_folded_and_the_slices_gate_as_the_manifest_says(weights: Path, tmp_path: Path) -> None:
+    from dataclasses import replace
+
+    from inference.hybrid.model import Hybrid
+    from inference.weights import Gate
+    from training.release import Recipe, release
+
+    torch.manual_seed(0)
+    config = replace(read_manifest(weights).hybrid, norm="batch")
+    trained = Hybrid(config)
+    trained(torch.rand(1, 5, 256, 256) / 1000)  # tiny variances, which float16 would lose
+    recipe = Recipe("batch", config, unet=read_manifest(weights).unet, gate=Gate(0.0, slice_threshold=0.25))
+    release(trained.state_dict(), (weights / "unet.onnx").read_bytes(), recipe, tmp_path / "batch")
+    loaded = load_hybrid(read_manifest(tmp_path / "batch"))
+    assert loaded.prompt_encoder.presence_threshold == 0.25
+    assert not any(isinstance(module, torch.nn.BatchNorm3d) for module in loaded.modules())
+    stack = torch.rand(1, 6, 256, 256)
+    present = torch.ones(1, 2, dtype=torch.bool)
+    exact, found = trained.eval()(stack, present).logits, loaded(stack, present).logits
+    assert (found - exact).abs().max() < 0.01 * exact.abs().max()
 
 
 @pytest.mark.parametrize("part", ["hybrid.safetensors", "unet.onnx"])

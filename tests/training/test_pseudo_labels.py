@@ -55,7 +55,7 @@ def test_folds_are_even_and_drawn_by_the_seed(folder) -> None:
 
 def test_the_command_completes_a_folder_and_goes_on_where_it_stopped(folder, tmp_path, monkeypatch) -> None:
     """c0 … c3 are partly labelled, c4 is healthy, c5 unlabelled; whatever is found may be added."""
-    monkeypatch.setitem(PRESETS, "small", HybridConfig(32, 4, 2, 0, cnn_width=4, prompt_dim=16))
+    monkeypatch.setitem(PRESETS, "small", HybridConfig(32, 4, 2, 0, cnn_width=4, prompt_dim=16, norm="batch"))
     own = Path(shutil.copytree(folder, tmp_path / "own"))
     (own / "labelsTr" / "c5.nii.gz").unlink()
     rows = [*(f"c{i},partial,0,liver" for i in range(4)), "c4,none,1,none", "c5,none,0,"]

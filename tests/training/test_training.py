@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 from inference.hybrid.config import PRESETS, HybridConfig
+from inference.hybrid.predict import SlicePredictions
 from inference.unet import UNetConfig
-from training import hybrid_training, unet_training
+from training import calibration, hybrid_training, unet_training
 from training.anatomy import Organ
 from training.augmentation import InPlane, Intensity, RandomInPlane, RandomIntensity
-from training.calibration import CHOICES, SEARCHED, Operating, Predicted, calibrate, predict
+from training.calibration import CHOICES, SEARCHED, Operating, Predicted, calibrate, choose_slice_gate, predict
 from training.data import Case, Entry, read_folder
 from training.hybrid_data import StackSampler, slice_cases
 from training.loop import Budget, Run, learning_rate_factor, train
@@ -22,7 +24,7 @@ from training.losses import annealed_weight, dice, hybrid_loss, mask_loss, soft_
 from training.organs import UNKNOWN, WEIGHT, OrganHeads
 from training.unet_data import PatchSampler, cut, grid_cases
 
-TINY = HybridConfig(32, 4, 2, 0, cnn_width=4, prompt_dim=16)
+TINY = HybridConfig(32, 4, 2, 0, cnn_width=4, prompt_dim=16, norm="batch")
 
 
 @pytest.fixture(autouse=True)
@@ -290,6 +292,23 @@ def test_the_box_of_a_prediction_changes_no_dice() -> None:
             for value in CHOICES[name]:
                 operating = Operating().change(name, value)
                 assert found.dice(operating, network) == pytest.approx(whole.dice(operating, network))
+
+
+@pytest.mark.parametrize(("lowest", "expected"), [(0.1, 0.12), (0.6, 0.5)])
+def test_the_slices_gate_withholds_one_lesion_slice_in_twenty(monkeypatch, lowest: float, expected: float) -> None:
+    """21 slices with a lesion, the presence 0.02 apart: the second lowest is the 5 % quantile. Others do not count."""
+    label = np.zeros((30, 8, 8), np.uint8)
+    label[5:26, 2:4, 2:4] = 1
+    presence = np.full(30, 0.01, np.float32)
+    presence[5:26] = lowest + 0.02 * np.arange(21)
+    monkeypatch.setattr(calibration, "predict_slices", lambda *_: SlicePredictions(np.zeros(0), presence))
+    encoder = SimpleNamespace(presence_threshold=0.5)
+    manifest = SimpleNamespace(plane="axial", resize="square", window_hu=(-200, 300))
+    pipeline = SimpleNamespace(manifest=manifest, hybrid=SimpleNamespace(prompt_encoder=encoder), targets=4)
+    case = Case(Entry("x", Path("x"), None, None), label.astype(np.int16), label, label, (3.0, 1.0, 1.0))
+    healthy = replace(case, label=0 * label)
+    gate = choose_slice_gate(pipeline, [case, healthy])
+    assert gate.slice_threshold == encoder.presence_threshold == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("network", ["hybrid", "unet", "fused"])

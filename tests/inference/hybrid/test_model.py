@@ -133,6 +133,21 @@ def test_exchanges_can_be_switched_off() -> None:
     torch.testing.assert_close(off._encode(stack, 1)[0], image, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("branch", ["vit", "cnn"])
+def test_a_branch_can_be_switched_off(branch: str) -> None:
+    """Then its weights change nothing any more, and the other's still do."""
+    model, stack = build(replace(TINY, **{branch: False})), torch.rand(1, 5, 256, 256)
+    before, present = model(stack), torch.ones(1, 1, dtype=torch.bool)
+    shown = model(stack, present).logits
+    for name, matters in ((branch, False), ("cnn" if branch == "vit" else "vit", True)):
+        for parameter in getattr(model, name).parameters():
+            parameter.mul_(1.5)
+        assert ((model(stack, present).logits - shown).abs().max() > 1e-5) == matters
+        assert ((model(stack).presence - before.presence).abs().max() > 1e-6) == matters
+    with pytest.raises(ValueError, match="cannot both be off"):
+        replace(TINY, vit=False, cnn=False)
+
+
 def prompts(model: Hybrid, present: bool) -> Tensor:
     sides = (16, 32, 64, 128, 256)
     maps = [torch.rand(1, width, side, side) for width, side in zip(model.cnn.widths[::-1], sides, strict=True)]
@@ -163,6 +178,16 @@ def test_classifier_gates_where_no_truth_is_given() -> None:
         torch.testing.assert_close(model(stack).logits, truth[present])
 
 
+def test_the_gates_threshold_is_a_probability() -> None:
+    model = build(TINY)
+    stack = torch.rand(1, 5, 256, 256)
+    presence = float(model(stack).presence.softmax(dim=-1)[0, 0, 1])
+    truth = {present: model(stack, torch.tensor([[present]])).logits for present in (False, True)}
+    for threshold, shown in ((presence - 0.01, True), (presence + 0.01, False)):
+        model.prompt_encoder.presence_threshold = threshold
+        torch.testing.assert_close(model(stack).logits, truth[shown])
+
+
 def test_gate_can_be_switched_off() -> None:
     model = build(replace(TINY, gate=False))
     stack = torch.rand(1, 5, 256, 256)
@@ -175,6 +200,8 @@ def test_presets_survive_the_manifest() -> None:
         assert HybridConfig.from_dict(config.to_dict()) == config
     with pytest.raises(ValueError, match="brand_new"):
         HybridConfig.from_dict({**TINY.to_dict(), "brand_new": 1})
+    with pytest.raises(ValueError, match="norm must be one of layer, batch, not 'group'"):
+        HybridConfig.from_dict({**TINY.to_dict(), "norm": "group"})
 
 
 def test_exchanges_follow_blocks_2_5_8_11() -> None:

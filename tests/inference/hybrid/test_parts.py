@@ -1,8 +1,10 @@
-"""Factored forms against the plain ones that they replace."""
+"""Factored forms against the plain ones that they replace, and the CNN's two norms."""
 
+import pytest
 import torch
 import torch.nn.functional as F
 
+from inference.hybrid.cnn_unet import AttentionStem, Conv, Depth, channel_mean, fold_batch_norms, plane_mean
 from inference.hybrid.config import HybridConfig
 from inference.hybrid.cross_branch import HEADS, CnnToVit, VitToCnn, unwindow, windows
 from inference.hybrid.mask_decoder import BatchMaskDecoder
@@ -71,3 +73,34 @@ def test_mask_decoder_treats_each_slice_by_itself() -> None:
     for i in range(3):
         alone = decoder(image[i : i + 1], position, prompts[i : i + 1], no_mask, detail[i : i + 1])
         torch.testing.assert_close(together[i : i + 1], alone, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last_3d])
+def test_means_as_products_are_means(memory_format: torch.memory_format) -> None:
+    x = torch.randn(2, 6, 3, 5, 7, dtype=torch.float64).to(memory_format=memory_format)
+    torch.testing.assert_close(plane_mean(x), x.mean(dim=(3, 4)).transpose(1, 2))
+    torch.testing.assert_close(channel_mean(x), x.mean(dim=1, keepdim=True))
+
+
+def test_batch_norm_keeps_the_hu_of_flat_regions_and_layer_norm_does_not() -> None:
+    """Two images without an edge, muscle and fat say, far from the border."""
+    torch.manual_seed(0)
+    change = {}
+    for norm in ("layer", "batch"):
+        stem = AttentionStem(8, norm, Depth.NONE).eval()
+        dark, bright = (stem.near(torch.full((1, 1, 1, 32, 32), grey))[..., 16, 16] for grey in (0.2, 0.5))
+        change[norm] = float((bright - dark).abs().max())
+    assert change["layer"] < 0.01
+    assert change["batch"] > 0.1
+
+
+def test_folded_batch_norms_change_nothing() -> None:
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(Conv(3, 5, "batch"), Conv(5, 4, "batch", depth=Depth.SHRINK)).double()
+    for _ in range(3):
+        model(torch.randn(2, 3, 5, 8, 8, dtype=torch.float64) * 4 + 1)  # statistics other than 0 and 1
+    x = torch.randn(2, 3, 5, 8, 8, dtype=torch.float64)
+    before = model.eval()(x)
+    fold_batch_norms(model)
+    assert not any(isinstance(module, torch.nn.BatchNorm3d) for module in model.modules())
+    torch.testing.assert_close(model(x), before, rtol=0, atol=1e-12)
