@@ -20,16 +20,20 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from inference.pipeline import Pipeline
+from inference.weights import Gate
 from training import hybrid_training, release
-from training.calibration import SEARCHED, Predicted, calibrate, predict
+from training.calibration import SEARCHED, Predicted, calibrate, choose_slice_gate, predict
 from training.data import load_case, read_folder
 
-FULL = "full"
+FULL, HEALTHY = "full", "healthy"
 VARIANTS: dict[str, dict[str, Any]] = {
     FULL: {},
     "one slice": {"slices": 1},
     "no exchanges": {"exchanges": False},
     "no gate": {"gate": False},
+    "ViT alone": {"cnn": False, "crop_share": 0.0},
+    "CNN alone": {"vit": False},
+    "layer norm": {"norm": "layer"},
     "coronal": {"plane": "coronal"},
     "stretch": {"resize": "stretch"},
 }
@@ -53,7 +57,7 @@ class Settings:
 
 
 def figures(settings: Settings, changes: dict[str, Any], folder: Path, seed: int) -> dict[str, dict[str, float]]:
-    """Dice of each judged case, by network; trained unless it was before."""
+    """Dice of each judged case, by network, and 1 for each `HEALTHY` one; trained unless it was before."""
     done = folder / "figures.json"
     if done.exists():
         return dict(json.loads(done.read_text()))
@@ -63,15 +67,17 @@ def figures(settings: Settings, changes: dict[str, Any], folder: Path, seed: int
     release.main(release.Settings(folder / "hybrid.safetensors", settings.unet, folder / "weights"))
     pipeline = Pipeline(folder / "weights")
     entries = [entry for entry in read_folder(settings.held_out) if entry.complete]
+    gate = choose_slice_gate(pipeline, map(load_case, entries[::2]))
     cases = [predict(pipeline, load_case(entry)) for entry in tqdm(entries, desc=folder.name, unit="case")]
     judged = {entry.name: case for entry, case in zip(entries[1::2], cases[1::2], strict=True)}
-    result = {network: dice_of(cases[::2], judged, network) for network in SEARCHED}
+    result = {network: dice_of(cases[::2], judged, network, gate) for network in SEARCHED}
+    result[HEALTHY] = {name: float(not case.label.any()) for name, case in judged.items()}
     done.write_text(json.dumps(result))
     return result
 
 
-def dice_of(chosen_on: list[Predicted], judged: dict[str, Predicted], network: str) -> dict[str, float]:
-    operating, _ = calibrate(chosen_on, network)
+def dice_of(chosen_on: list[Predicted], judged: dict[str, Predicted], network: str, gate: Gate) -> dict[str, float]:
+    operating, _ = calibrate(chosen_on, network, gate)
     return {name: case.dice(operating, network) for name, case in judged.items()}
 
 
@@ -83,14 +89,19 @@ def compare(ours: NDArray[np.float64], theirs: NDArray[np.float64]) -> dict[str,
     return {"difference": float(difference.mean()), "low": float(low), "high": float(high)}
 
 
-def table(results: dict[str, dict[str, NDArray[np.float64]]]) -> dict[str, Any]:
-    """For each variant and network its mean Dice, and what it is above (+) or below (−) the full method."""
+def row(ours: dict[str, NDArray[np.float64]], full: dict[str, NDArray[np.float64]]) -> dict[str, dict[str, float]]:
+    """A variant's mean Dice by network, what it is above (+) or below (−) the full method's, and its false positives.
+
+    Both are (seeds, cases) by network, and by `HEALTHY`; false positives are the share of healthy cases with any.
+    """
+    healthy = full[HEALTHY] == 1
     return {
-        variant: {
-            network: {"dice": float(scores.mean()), **compare(scores, results[FULL][network])}
-            for network, scores in networks.items()
+        network: {
+            "dice": float(ours[network].mean()),
+            **compare(ours[network], full[network]),
+            "healthy_false_positives": float((ours[network][healthy] == 0).mean()) if healthy.any() else 0.0,
         }
-        for variant, networks in results.items()
+        for network in SEARCHED
     }
 
 
@@ -102,14 +113,14 @@ def main(settings: Settings) -> None:
     results = {}
     for name, changes in wanted.items():
         runs = [figures(settings, changes, settings.work / f"{name} {seed}", seed) for seed in settings.seeds]
-        results[name] = {network: np.array([list(run[network].values()) for run in runs]) for network in SEARCHED}
+        results[name] = {kind: np.array([list(run[kind].values()) for run in runs]) for kind in (*SEARCHED, HEALTHY)}
     told = {
         "date": datetime.now(UTC).date().isoformat(),
         "minutes": settings.minutes,
         "steps": settings.steps,
         "seeds": len(settings.seeds),
         "judged_cases": int(results[FULL]["fused"].shape[1]),
-        "variants": table(results),
+        "variants": {name: row(scores, results[FULL]) for name, scores in results.items()},
     }
     settings.out.parent.mkdir(parents=True, exist_ok=True)
     settings.out.write_text(json.dumps(told, indent=1) + "\n")

@@ -6,6 +6,7 @@ import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from benchmarks import ablation
@@ -20,7 +21,7 @@ BUDGET = ["--steps", "2", "--validation", "1", "--validations", "1", "--device",
 @pytest.fixture
 def command(monkeypatch):
     """Runs `python -m training …`; its exit code."""
-    monkeypatch.setitem(PRESETS, "small", HybridConfig(32, 4, 2, 0, cnn_width=4, prompt_dim=16))
+    monkeypatch.setitem(PRESETS, "small", HybridConfig(32, 4, 2, 0, cnn_width=4, prompt_dim=16, norm="batch"))
 
     def run(*arguments: object) -> int:
         monkeypatch.setattr(sys, "argv", ["training", *map(str, arguments)])
@@ -72,6 +73,19 @@ def test_ablation_compares_variants_and_does_none_twice(folder, tmp_path, comman
     assert (told["judged_cases"], list(told["variants"])) == (3, ["full", "one slice"])
     full = told["variants"]["full"]["fused"]
     assert (full["difference"], full["low"], full["high"]) == (0, 0, 0)
+    assert 0 <= full["healthy_false_positives"] <= 1
     monkeypatch.setattr(hybrid_training, "main", None)
     ablation.main(settings)
     assert json.loads((tmp_path / "ablation.json").read_text())["variants"] == told["variants"]
+
+
+def test_ablation_row_by_hand() -> None:
+    """Two seeds, three cases, the last healthy: above the full method by 0.1 and 0.2 in one case each; one false."""
+    full = {network: np.array([[0.5, 0.5, 1.0], [0.5, 0.5, 1.0]]) for network in ("hybrid", "unet", "fused")}
+    ours = {network: np.array([[0.6, 0.5, 1.0], [0.5, 0.7, 0.0]]) for network in full}
+    full[ablation.HEALTHY] = ours[ablation.HEALTHY] = np.array([[0, 0, 1.0], [0, 0, 1.0]])
+    row = ablation.row(ours, full)["hybrid"]
+    assert row["dice"] == pytest.approx((0.6 + 0.5 + 1.0 + 0.5 + 0.7 + 0.0) / 6)
+    assert row["difference"] == pytest.approx((0.1 + 0.2 - 1.0) / 6)
+    assert row["low"] < row["difference"] < row["high"]
+    assert row["healthy_false_positives"] == 0.5
