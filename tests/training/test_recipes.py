@@ -1,0 +1,44 @@
+"""The sarcoma recipe on two small scans laid out as its data folder."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+from training.data import load_case, read_folder, split
+
+RECIPE = Path(__file__).parents[2] / "training" / "recipes" / "sts.py"
+AFFINE = np.array([[-2, 0, 0, 9], [0, -2, 0, 8], [0, 0, 3, -7], [0, 0, 0, 1.0]])
+
+
+def test_crops_hold_the_tumour_and_stay_where_they_were_in_space(tmp_path) -> None:
+    """Each scan's HU tell their own place, so that a crop can be checked against the affine that it is written with."""
+    data, out = tmp_path / "data", tmp_path / "out"
+    (data / "sts" / "images").mkdir(parents=True)
+    (data / "sts" / "labels").mkdir()
+    i, j, k = np.indices((20, 24, 12))
+    hu, label = (i + 20 * j + 480 * k - 1000).astype(np.int16), np.zeros(i.shape, np.uint8)
+    label[6:11, 8:20, 5] = 1
+    for name in ("A", "B"):
+        nib.save(nib.Nifti1Image(hu, AFFINE), data / "sts" / "images" / f"{name}_0000.nii.gz")
+        nib.save(nib.Nifti1Image(label, AFFINE), data / "sts" / "labels" / f"{name}.nii.gz")
+    (data / "splits.json").write_text(json.dumps({"sts": {"train": ["A", "B"], "val": []}}))
+    command = [sys.executable, str(RECIPE), str(data), str(out), "train", "4"]
+    subprocess.run(command, check=True, cwd=RECIPE.parents[2], env={"PYTHONPATH": "."}, capture_output=True)
+    shapes = set()
+    for entry in read_folder(out):
+        scan = nib.Nifti1Image.from_filename(entry.scan)
+        shapes.add(scan.shape)
+        place = np.linalg.inv(AFFINE) @ scan.affine[:, 3]  # of the crop's first voxel in the whole scan
+        assert scan.get_fdata().flat[0] == pytest.approx(np.dot(place[:3], (1, 20, 480)) - 1000)
+        assert load_case(entry).label.sum() == label.sum()
+    assert len(shapes) > 4  # of eight
+    training, held_out = split((out,), 1)
+    assert {entry.patient for entry in training} == {"A"}
+    assert {entry.patient for entry in held_out} == {"B"}
