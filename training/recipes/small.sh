@@ -1,27 +1,35 @@
 #!/bin/sh
 # Weights like those that ship, `small` (whose own runs the log tells): both networks on phantoms, two cores, no GPU.
 #
-#     sh training/recipes/small.sh WORK        # two and a half hours; called again, it goes on where it stopped
+#     sh training/recipes/small.sh WORK [DATA]     # two and a half hours; called again, it goes on where it stopped
 #
-# WORK/weights is then a folder for `sh predict.sh --weights WORK/weights IN OUT`.
+# DATA, a folder with sarcoma scans as sts.py reads it, adds those. WORK/weights is then a folder for
+# `sh predict.sh --weights WORK/weights IN OUT`.
 set -eu
 work=${1:?name a folder to work in}
 run="python -m training"
-# glibc gives memory back after every step and faults it in again: a fifth of the time
-export MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=20000000000 MALLOC_TOP_PAD_=500000000
+# glibc gives memory back after every step and faults it in again, page by page: a fifth of the time
+export MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=20000000000 MALLOC_TOP_PAD_=500000000 GLIBC_TUNABLES=glibc.malloc.hugetlb=1
 
 # Patients to learn from, as the networks see them, and others to choose the thresholds on.
 [ -e "$work/phantoms/cases.csv" ] || $run phantoms --out "$work/phantoms" --count 743 --seed 1000 --network-grid --jobs 2
 [ -e "$work/held_out/cases.csv" ] || $run phantoms --out "$work/held_out" --count 24 --seed 2000 --network-grid --jobs 2
+data="$work/phantoms"
+if [ $# -gt 1 ]; then
+    [ -e "$work/sarcomas/cases.csv" ] || python training/recipes/sts.py "$2" "$work/sarcomas" train 8
+    data="$data $work/sarcomas"
+fi
 
 # Many steps on small patches teach what a lesion is; batch norm lets larger ones finish the work.
-$run unet --data "$work/phantoms" --out "$work/unet" --minutes 50 --jobs 2 \
+# shellcheck disable=SC2086  # one word a folder
+$run unet --data $data --out "$work/unet" --minutes 50 --jobs 2 \
     --batch 3 --small-share 0.7 --small 32 64 64 --patch 48 96 96
 
 # The CNN by itself on crops around lesions, many times as fast as whole slices; then the whole network. The classifier's
 # loss counts 1.0, not the paper's 0.1, which suits 80 epochs.
-$run hybrid --data "$work/phantoms" --out "$work/hybrid" --minutes 90 --jobs 2 --learning-rate 1e-3 \
-    --crop-share 0.35 --crop-stacks 6 --stacks 2 --targets 4 --classifier-weight 1
+# shellcheck disable=SC2086
+$run hybrid --data $data --out "$work/hybrid" --minutes 80 --jobs 2 --learning-rate 2e-3 \
+    --crop-share 0.5 --crop-stacks 6 --stacks 2 --targets 4 --classifier-weight 1 --validation 8 --validations 3
 
 $run release --hybrid "$work/hybrid/hybrid.safetensors" --unet "$work/unet/unet.onnx" --out "$work/weights"
 $run calibrate --data "$work/held_out" --weights "$work/weights"
