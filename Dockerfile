@@ -28,11 +28,14 @@ RUN python -m compileall -q --invalidation-mode checked-hash inference \
     && find . \( ! -perm -004 -o -type d ! -perm -005 \) -exec chmod a+rX {} + \
     && mkdir -p inputs outputs
 
-# No run writes outside outputs/: bytecode is compiled above, and a cache of CUDA's compiler would die with the container.
+# No run writes outside outputs/: bytecode is compiled above, and a cache of CUDA's compiler would die with the container. torch's
+# own compiler is not used; should some part of torch import it, it makes the folder for its cache at once, named after a user that
+# `--user` may not have; one that exists is left as it is.
 # The NVIDIA_ variables ask the NVIDIA runtime for the devices where `--gpus` is not given, and for NVML besides CUDA.
 ENV PYTHONDONTWRITEBYTECODE=1 \
     PYTHONUNBUFFERED=1 \
     CUDA_CACHE_DISABLE=1 \
+    TORCHINDUCTOR_CACHE_DIR=/tmp \
     NVIDIA_VISIBLE_DEVICES=all \
     NVIDIA_DRIVER_CAPABILITIES=compute,utility
 

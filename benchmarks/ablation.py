@@ -31,13 +31,16 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "one slice": {"slices": 1},
     "no exchanges": {"exchanges": False},
     "no gate": {"gate": False},
-    "ViT alone": {"cnn": False, "crop_share": 0.0},
+    "ViT alone": {"cnn": False, "crop_share": 0.0},  # which trains the CNN alone
     "CNN alone": {"vit": False},
     "layer norm": {"norm": "layer"},
     "coronal": {"plane": "coronal"},
     "stretch": {"resize": "stretch"},
 }
 RESAMPLINGS = 10_000
+Scores = dict[str, NDArray[np.float64]]
+RECIPE = ("learning_rate", "crop_share", "crop_stacks", "stacks", "classifier_weight")
+TRAINING = ("data", "minutes", "steps", "validation", *RECIPE)
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,11 @@ class Settings:
     minutes: float = 20.0  # a training
     steps: int = 0  # a training, instead
     validation: int = 12  # cases kept out of each training
+    learning_rate: float = 2e-3  # this and the next four as in recipes/small.sh
+    crop_share: float = 0.5
+    crop_stacks: int = 6
+    stacks: int = 2
+    classifier_weight: float = 1.0
     seeds: tuple[int, ...] = (0, 1, 2)
     variants: tuple[str, ...] = tuple(VARIANTS)
     partial: Path | None = None  # the same scans with partial labels, as one more variant
@@ -61,7 +69,7 @@ def figures(settings: Settings, changes: dict[str, Any], folder: Path, seed: int
     done = folder / "figures.json"
     if done.exists():
         return dict(json.loads(done.read_text()))
-    own: dict[str, Any] = {name: getattr(settings, name) for name in ("data", "minutes", "steps", "validation")}
+    own: dict[str, Any] = {name: getattr(settings, name) for name in TRAINING}
     cache = settings.work / "cache"
     hybrid_training.main(hybrid_training.Settings(**{**own, "out": folder, "cache": cache, "seed": seed, **changes}))
     release.main(release.Settings(folder / "hybrid.safetensors", settings.unet, folder / "weights"))
@@ -89,17 +97,20 @@ def compare(ours: NDArray[np.float64], theirs: NDArray[np.float64]) -> dict[str,
     return {"difference": float(difference.mean()), "low": float(low), "high": float(high)}
 
 
-def row(ours: dict[str, NDArray[np.float64]], full: dict[str, NDArray[np.float64]]) -> dict[str, dict[str, float]]:
+def row(
+    ours: dict[str, NDArray[np.float64]], full: dict[str, NDArray[np.float64]]
+) -> dict[str, dict[str, float | None]]:
     """A variant's mean Dice by network, what it is above (+) or below (−) the full method's, and its false positives.
 
-    Both are (seeds, cases) by network, and by `HEALTHY`; false positives are the share of healthy cases with any.
+    Both are (seeds, cases) by network, and by `HEALTHY`; false positives are the share of healthy cases with any, None
+    where no case is healthy.
     """
     healthy = full[HEALTHY] == 1
     return {
         network: {
             "dice": float(ours[network].mean()),
             **compare(ours[network], full[network]),
-            "healthy_false_positives": float((ours[network][healthy] == 0).mean()) if healthy.any() else 0.0,
+            "healthy_false_positives": float((ours[network][healthy] == 0).mean()) if healthy.any() else None,
         }
         for network in SEARCHED
     }

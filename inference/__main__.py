@@ -13,14 +13,16 @@ import json
 import logging
 import sys
 import tempfile
-from dataclasses import dataclass, field
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
 from .files import MAX_VOXELS
-from .volume import SCAN_SUFFIXES, case_name, is_scan, output_names
+from .stopwatch import Stopwatch
+from .volume import SCAN_SUFFIXES, Volume, case_name, is_scan, output_names, read_volume
 
 if TYPE_CHECKING:
     from .pipeline import Pipeline, Report
@@ -114,6 +116,24 @@ def choose_device(wanted: str) -> str:
     return f"cuda:{int(index or 0)}"
 
 
+class Reader:
+    """Reads scans; the first one in a thread, from here on: while frameworks are imported and weights are loaded."""
+
+    def __init__(self, first: Path | None = None, max_voxels: int = MAX_VOXELS, stopwatch: Stopwatch | None = None):
+        """max_voxels: a scan of more is refused before memory is taken for it."""
+        self.first, self.max_voxels = first, max_voxels
+        self.stopwatch = stopwatch or Stopwatch()
+        self.ahead = ThreadPoolExecutor(1).submit(self._read_first, first) if first else None
+
+    def _read_first(self, path: Path) -> Volume:
+        with self.stopwatch.stage("read ahead"):
+            return read_volume(path, self.max_voxels)
+
+    def __call__(self, path: Path) -> Volume:
+        ahead, self.ahead = self.ahead, None  # which would keep the scan
+        return ahead.result() if ahead and path == self.first else read_volume(path, self.max_voxels)
+
+
 @dataclass
 class Run:
     """All cases of one call."""
@@ -121,6 +141,7 @@ class Run:
     pipeline: Pipeline
     outputs: Path
     save_probabilities: bool
+    read: Reader = field(default_factory=Reader)
     reports: list[Report] = field(default_factory=list)
 
     def case(self, source: Path) -> None:
@@ -132,7 +153,7 @@ class Run:
                 bar.refresh()
 
             try:
-                self.add(self.pipeline.run(source, self.outputs, self.save_probabilities, progress))
+                self.add(self.pipeline.run(source, self.outputs, self.save_probabilities, progress, self.read))
             except Exception as error:  # whatever it is, it costs this case only; ONNX Runtime's have no common class
                 self.fail(source, one_line(source, error))
 
@@ -143,12 +164,13 @@ class Run:
     def fail(self, source: Path, sentence: str) -> None:
         from .pipeline import Report
 
-        self.add(Report(case_name(source), source.name, error=sentence))
+        self.add(Report(case=case_name(source), input=source.name, error=sentence))
 
     def to_dict(self) -> dict[str, Any]:
         return {
             "weights": self.pipeline.manifest.name,
             "device": self.pipeline.device,
+            "start": asdict(self.read.stopwatch),
             "cases": [report.to_dict() for report in self.reports],
         }
 
@@ -164,6 +186,18 @@ def one_line(source: Path, error: BaseException) -> str:
     return f"{source}: failed unexpectedly ({first}): run it alone with --device cpu"
 
 
+def load(options: argparse.Namespace, stopwatch: Stopwatch) -> Pipeline:
+    with stopwatch.stage("imports"):  # torch and ONNX Runtime: not needed to refuse
+        from .pipeline import Pipeline
+        from .weights import find_weights
+    with stopwatch.stage("weights"):
+        device = choose_device(options.device)
+        try:
+            return Pipeline(find_weights(options.weights), device, options.gpu_memory_mib)
+        except ValueError as error:
+            raise UsageError(str(error)) from error
+
+
 def run(options: argparse.Namespace) -> int:
     scans = find_scans(options.inputs)
     check_writable(options.outputs)
@@ -172,15 +206,10 @@ def run(options: argparse.Namespace) -> int:
     refused = clashes(scans, options.outputs)
     if options.skip_existing:
         scans = [path for path in scans if not (options.outputs / output_names(case_name(path))[0]).exists()]
-    from .pipeline import Pipeline  # torch and ONNX Runtime: not needed to refuse
-    from .weights import find_weights
-
-    device = choose_device(options.device)
-    try:
-        pipeline = Pipeline(find_weights(options.weights), device, options.gpu_memory_mib, options.max_voxels)
-    except ValueError as error:
-        raise UsageError(str(error)) from error
-    done = Run(pipeline, options.outputs, options.save_probabilities)
+    stopwatch = Stopwatch()
+    read = Reader(next((scan for scan in scans if scan not in refused), None), options.max_voxels, stopwatch)
+    pipeline = load(options, stopwatch)
+    done = Run(pipeline, options.outputs, options.save_probabilities, read)
     for source in tqdm(scans, unit="case", disable=None if len(scans) > 1 else True):
         if source in refused:
             done.fail(source, refused[source])

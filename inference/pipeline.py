@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import logging
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,11 +14,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from .files import MAX_VOXELS
 from .fusion import SliceSource, fuse, mean_probability
 from .hybrid.model import Hybrid
 from .hybrid.predict import CONTEXT_MIB, MAX_TARGETS, SlicePredictions, predict_slices, targets_for
 from .slices import SliceGrid
+from .stopwatch import Stopwatch
 from .unet import UNet
 from .volume import Volume, case_name, output_names, read_volume, write_mask, write_probability
 from .weights import Manifest, load_hybrid, read_manifest
@@ -30,6 +28,7 @@ logger = logging.getLogger(__name__)
 PRESENCE_SLICES = 3  # a scan's score averages so many neighbouring slices
 Progress = Callable[[str, int, int], object]  # stage, done, total
 StageProgress = Callable[[int, int], object]
+Reader = Callable[[Path], Volume]
 Spacing = tuple[float, float, float]
 
 
@@ -42,27 +41,19 @@ def scan_score(presence: NDArray[np.float32]) -> float:
     return float(np.convolve(presence, np.full(width, 1 / width), mode="valid").max())
 
 
-@dataclass
-class Report:
+@dataclass(kw_only=True)
+class Report(Stopwatch):
     """What is known of a case afterwards; sizes are (z, y, x)."""
 
     case: str
     input: str
     size: tuple[int, int, int] = (0, 0, 0)
     spacing_mm: Spacing = (0.0, 0.0, 0.0)
-    seconds: dict[str, float] = field(default_factory=dict)
     scan_score: float = 0.0
     healthy: bool = False
     lesions: int = 0
     volume_ml: float = 0.0
     error: str | None = None
-
-    @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        """Time a stage."""
-        start = time.perf_counter()
-        yield
-        self.seconds[name] = round(time.perf_counter() - start, 3)
 
     def __str__(self) -> str:
         z, y, x = self.size
@@ -77,15 +68,9 @@ class Report:
 class Pipeline:
     """Both networks, loaded once for all cases."""
 
-    def __init__(
-        self, weights: Path, device: str = "cpu", gpu_memory_mib: int = 4096, max_voxels: int = MAX_VOXELS
-    ) -> None:
-        """device: "cpu" or "cuda:N"; gpu_memory_mib: for everything on the device, its context included.
-
-        max_voxels: a scan of more is refused before memory is taken for it.
-        """
+    def __init__(self, weights: Path, device: str = "cpu", gpu_memory_mib: int = 4096) -> None:
+        """device: "cpu" or "cuda:N"; gpu_memory_mib: for everything on the device, its context included."""
         self.manifest: Manifest = read_manifest(weights)
-        self.max_voxels = max_voxels
         self.device = device
         self.hybrid = load_hybrid(self.manifest)
         self.targets, share_mib = MAX_TARGETS, 0
@@ -112,11 +97,12 @@ class Pipeline:
         outputs: Path,
         save_probabilities: bool = False,
         progress: Progress = lambda *_: None,
+        read: Reader = read_volume,
     ) -> Report:
         """Segment `source` into `outputs`/X.nii.gz. ValueError where the input cannot be used."""
-        report = Report(case_name(source), source.name)
+        report = Report(case=case_name(source), input=source.name)
         with report.stage("read"):
-            volume = read_volume(source, self.max_voxels)
+            volume = read(source)
         report.size, report.spacing_mm = volume.geometry.shape, volume.spacing_mm
         with report.stage("hybrid"):
             hybrid, report.scan_score = self.predict_hybrid(volume.body, volume.spacing_mm, partial(progress, "hybrid"))

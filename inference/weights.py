@@ -122,7 +122,6 @@ def find_weights(name_or_folder: str) -> Path:
 
 def load_hybrid(manifest: Manifest) -> Hybrid:
     """The hybrid network for use: in float32, on the CPU, batch norms folded, the gate as the manifest says."""
-    import torch
     from safetensors import SafetensorError
     from safetensors.torch import load
 
@@ -131,8 +130,7 @@ def load_hybrid(manifest: Manifest) -> Hybrid:
 
     try:
         state = load(manifest.read("hybrid"))
-        with torch.device("meta"):  # no time is spent on random numbers that are overwritten at once
-            model = Hybrid(manifest.hybrid)
+        model = Hybrid(manifest.hybrid)  # not on the meta device, which would bring in torch's compiler
         model.load_state_dict({name: value.float() for name, value in state.items()}, assign=True)
     except (RuntimeError, TypeError, SafetensorError) as error:
         first_line = str(error).split("\n")[0]

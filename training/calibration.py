@@ -2,8 +2,8 @@
 
     python -m training calibrate --data FLARE_FOLDER --weights weights/NAME
 
-First the gate of the slices: as strict as it may be without withholding the prompts of more than `WITHHELD` of the
-slices that hold a lesion. Then the rest. What decides is the mean over the cases (both empty counts 1, exactly one
+First the gate of the slices: a half, or lower, so that it withholds the prompts of at most `WITHHELD` of the slices
+that hold a lesion. Then the rest. What decides is the mean over the cases (both empty counts 1, exactly one
 empty 0, as FLARE grades), less the share of healthy cases with any false voxel beyond `HEALTHY_LIMIT`: the mean Dice at
 first, in the last round that of Dice and NSD, which costs ten times as much. Each network by itself is calibrated too,
 for the record and for fair comparisons; the program uses the fused thresholds only.
@@ -132,18 +132,20 @@ def predict(pipeline: Pipeline, case: Case) -> Predicted:
 
 
 def choose_slice_gate(pipeline: Pipeline, cases: Iterable[Case]) -> Gate:
-    """The pipeline follows it from here on: the presence that all but `WITHHELD` of the slices with a lesion reach.
+    """The presence that all but `WITHHELD` of the slices with a lesion reach, at most a half; the pipeline follows it.
 
-    Never above a half.
+    A slice holds a lesion where the classifier was taught so: when some of it is left at the network's resolution.
     """
     manifest, reached = pipeline.manifest, list[float]()
     for case in cases:
         grid = SliceGrid(case.hu.shape, case.spacing_mm, manifest.plane, manifest.resize)
-        present = [i for i in range(len(grid)) if (case.label[grid[i]] > 0).any()]
+        present = [
+            i for i in range(len(grid)) if (grid.resample((case.label[grid[i]] > 0).astype(np.float32)) >= 0.5).any()
+        ]
         if present:
             said = predict_slices(pipeline.hybrid, grid, case.hu, manifest.window_hu, pipeline.targets)
             reached.extend(said.presence[present])
-    threshold = round(min(0.5, float(np.quantile(reached, WITHHELD))), 3) if reached else 0.5
+    threshold = min(0.5, float(np.quantile(reached, WITHHELD, method="lower"))) if reached else 0.5
     pipeline.hybrid.prompt_encoder.presence_threshold = threshold
     return Gate(0.5, slice_threshold=threshold)
 

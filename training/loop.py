@@ -264,6 +264,8 @@ def _until_spent(
 @torch.no_grad()
 def check(run: Run, validate: Callable[[], dict[str, float]], keep: Callable[[], object]) -> None:
     run.average.eval()
+    for buffer in run.average.buffers():  # of a batch norm, which on a CPU sees each process's part of a batch alone
+        buffer.copy_(run.fabric.broadcast(buffer))
     scores = validate()
     rounded = {name: round(value, 4) for name, value in scores.items()}
     log(run, step=run.step, minutes=round(run.budget.seconds / 60, 1), **rounded)

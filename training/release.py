@@ -42,7 +42,7 @@ class Recipe:
 def release(hybrid: dict[str, torch.Tensor], unet: bytes, recipe: Recipe, out: Path) -> None:
     """Write `out`/{hybrid.safetensors, unet.onnx, manifest.json}.
 
-    The hybrid in float16, but for what is no matrix: it takes no room, and a small variance would vanish.
+    The hybrid in float16, but for what is no matrix: that takes no room, and float16 cannot hold every variance.
     """
     out.mkdir(parents=True, exist_ok=True)
     half = {name: (value.half() if value.ndim > 1 else value).contiguous() for name, value in hybrid.items()}

@@ -1,7 +1,8 @@
 """The U-shaped CNN beside the ViT: detail in the plane and context from neighbouring slices.
 
 Maps are (N, channels, depth, height, width). Convolutions look across slices only where their `Depth` says so; every
-pooling, norm and gate acts on each slice by itself, so a slice's features do not depend on which stack holds it.
+pooling, norm and gate acts, in use, on each slice by itself, so a slice's features do not depend on which stack holds
+it.
 Source: SAMCancer §2 and SAMCT's CNN encoder (bias-free convolutions, layer norm over channels, GELU). With
 `config.norm` "batch", batch norm and ReLU take the place of layer norm and GELU: a layer norm over the channels takes
 away how strong they all are, and so the HU of every region without an edge.

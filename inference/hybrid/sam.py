@@ -2,7 +2,8 @@
 
 `import segment_anything` also brings its demo's predictor and mask generator, and with them torchvision and torch's
 compiler: none of that is used here, and it would cost every start a second. So the package is put in place without
-running its `__init__` while the parts are imported; whoever imports it later runs that, and gets these same parts.
+running its `__init__` while the parts are imported; whoever imports it later runs that, and gets these same parts
+(by `from segment_anything.modeling import …`; as an attribute, `modeling` is missing then).
 """
 
 from __future__ import annotations

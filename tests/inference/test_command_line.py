@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 import SimpleITK
 
-from inference.__main__ import Run
+from inference.__main__ import Reader, Run
 from inference.pipeline import Pipeline, scan_score
+from inference.volume import read_volume
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -215,3 +216,20 @@ def test_real_scans_give_masks_on_their_grid(data_dir: Path, random_weights: Pat
         for name in ("GetSize", "GetOrigin", "GetSpacing", "GetDirection"):
             assert getattr(mask, name)() == getattr(scan, name)()
         assert set(np.unique(SimpleITK.GetArrayFromImage(mask))) <= {0, 1}
+
+
+def test_the_first_scan_is_read_ahead_once(inputs: Path, tmp_path: Path) -> None:
+    scan, broken = inputs / "a_0000.nii.gz", tmp_path / "broken_0000.nii.gz"
+    expected = read_volume(scan).hu
+    read = Reader(scan)
+    assert read.ahead is not None
+    read.ahead.result()
+    scan.rename(inputs / "moved.nii.gz")  # whoever reads only now finds nothing
+    np.testing.assert_array_equal(read(scan).hu, expected)
+    assert read.ahead is None
+    with pytest.raises(ValueError, match=r"a_0000\.nii\.gz"):
+        read(scan)
+    broken.write_text("no scan")
+    with pytest.raises(ValueError, match=r"broken_0000\.nii\.gz"):
+        Reader(broken)(broken)
+    np.testing.assert_array_equal(Reader(broken)(inputs / "moved.nii.gz").hu, expected)

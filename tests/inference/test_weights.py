@@ -62,7 +62,10 @@ def test_batch_norms_load_folded_and_the_slices_gate_as_the_manifest_says(weight
     torch.manual_seed(0)
     config = replace(read_manifest(weights).hybrid, norm="batch")
     trained = Hybrid(config)
-    trained(torch.rand(1, 5, 256, 256) / 1000)  # tiny variances, which float16 would lose
+    for module in trained.modules():
+        if isinstance(module, torch.nn.BatchNorm3d):
+            module.running_var.fill_(1e5)  # which float16 cannot hold
+            module.weight.data.fill_(300.0)
     recipe = Recipe("batch", config, unet=read_manifest(weights).unet, gate=Gate(0.0, slice_threshold=0.25))
     release(trained.state_dict(), (weights / "unet.onnx").read_bytes(), recipe, tmp_path / "batch")
     loaded = load_hybrid(read_manifest(tmp_path / "batch"))

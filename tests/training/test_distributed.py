@@ -1,4 +1,6 @@
-"""Two processes on halves of a batch do what one process does on all of it."""
+"""Two processes on halves of a batch do what one process does on all of it: with layer norm, since on CPUs batch norm
+sees each process's half alone.
+"""
 
 from __future__ import annotations
 

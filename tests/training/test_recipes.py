@@ -1,8 +1,9 @@
-"""The sarcoma recipe on two small scans laid out as its data folder."""
+"""The sarcoma recipe on six small scans laid out as its data folder."""
 
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -25,11 +26,13 @@ def test_crops_hold_the_tumour_and_stay_where_they_were_in_space(tmp_path) -> No
     i, j, k = np.indices((20, 24, 12))
     hu, label = (i + 20 * j + 480 * k - 1000).astype(np.int16), np.zeros(i.shape, np.uint8)
     label[6:11, 8:20, 5] = 1
-    for name in ("A", "B"):
+    for name in "ABCDEF":
         nib.save(nib.Nifti1Image(hu, AFFINE), data / "sts" / "images" / f"{name}_0000.nii.gz")
         nib.save(nib.Nifti1Image(label, AFFINE), data / "sts" / "labels" / f"{name}.nii.gz")
-    (data / "splits.json").write_text(json.dumps({"sts": {"train": ["A", "B"], "val": []}}))
-    command = [sys.executable, str(RECIPE), str(data), str(out), "train", "4"]
+    (data / "splits.json").write_text(json.dumps({"sts": {"train": list("ABCDEF"), "val": []}}))
+    (out / "imagesTr").mkdir(parents=True)
+    shutil.copy(data / "sts" / "images" / "A_0000.nii.gz", out / "imagesTr" / "old_0000.nii.gz")
+    command = [sys.executable, str(RECIPE), str(data), str(out), "--crops", "4"]
     subprocess.run(command, check=True, cwd=RECIPE.parents[2], env={"PYTHONPATH": "."}, capture_output=True)
     shapes = set()
     for entry in read_folder(out):
@@ -38,7 +41,7 @@ def test_crops_hold_the_tumour_and_stay_where_they_were_in_space(tmp_path) -> No
         place = np.linalg.inv(AFFINE) @ scan.affine[:, 3]  # of the crop's first voxel in the whole scan
         assert scan.get_fdata().flat[0] == pytest.approx(np.dot(place[:3], (1, 20, 480)) - 1000)
         assert load_case(entry).label.sum() == label.sum()
-    assert len(shapes) > 4  # of eight
-    training, held_out = split((out,), 1)
-    assert {entry.patient for entry in training} == {"A"}
-    assert {entry.patient for entry in held_out} == {"B"}
+    assert len(shapes) > 6  # of twelve
+    training, held_out = split((out,), 4)
+    assert [entry.patient for entry in training] == [*"AAAABBBB"]
+    assert [entry.patient for entry in held_out] == [*"CDEF"]

@@ -180,7 +180,7 @@ def test_stacks_keep_slices_and_labels_together(folder, tmp_path) -> None:
     assert 0.2 < float(present.float().mean()) < 0.95
     assert known.all()
     assert shown[present].all()
-    assert 0.05 < float(shown[~present].float().mean()) < 0.6
+    assert 0.3 < float(shown[~present].float().mean()) < 0.7
 
 
 def test_cut_pads_and_moves_inside() -> None:

@@ -16,14 +16,14 @@ export MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=20000000000 MALLOC_TOP_PAD_=500
 [ -e "$work/held_out/cases.csv" ] || $run phantoms --out "$work/held_out" --count 24 --seed 2000 --network-grid --jobs 2
 data="$work/phantoms"
 if [ $# -gt 1 ]; then
-    [ -e "$work/sarcomas/cases.csv" ] || python training/recipes/sts.py "$2" "$work/sarcomas" train 8
+    [ -e "$work/sarcomas/cases.csv" ] || python "$(dirname "$0")/sts.py" "$2" "$work/sarcomas" --crops 8
     data="$data $work/sarcomas"
 fi
 
 # Many steps on small patches teach what a lesion is; batch norm lets larger ones finish the work.
 # shellcheck disable=SC2086  # one word a folder
 $run unet --data $data --out "$work/unet" --minutes 50 --jobs 2 \
-    --batch 3 --small-share 0.7 --small 32 64 64 --patch 48 96 96
+    --batch 3 --small-share 0.7 --small 32 64 64 --patch 48 96 96 --validation 8
 
 # The CNN by itself on crops around lesions, many times as fast as whole slices; then the whole network. The classifier's
 # loss counts 1.0, not the paper's 0.1, which suits 80 epochs.

@@ -1,24 +1,29 @@
 """The sarcoma scans of a `data` folder (sts/images, sts/labels, splits.json) as a FLARE folder.
 
-    python training/recipes/sts.py DATA OUT [train|val] [CROPS]
+    python training/recipes/sts.py DATA OUT [--part val] [--crops 8]
 
-The training scans were cut 5 cm around each tumour, so that the borders tell where it is. With CROPS, each comes so
-many times, of each of its six margins another random share cut away, as it was done to the validation scans.
+The training scans were cut 5 cm around each tumour, so that the borders tell where it is. With `--crops`, each comes so
+many times, of each of its six margins another random share cut away, as it was done to the validation scans; but the
+last four patients once, since those are what a training validates on.
 """
 
 from __future__ import annotations
 
 import json
-import sys
+import shutil
 from pathlib import Path
+from typing import Literal
 
 import nibabel as nib
 import numpy as np
+import tyro
 from tqdm import tqdm
+from tyro.conf import Positional
 
 from training.data import Entry, link, write_rows
 
 FOLDERS = ("imagesTr", "labelsTr")
+HELD_OUT = 4  # patients
 
 
 def entry(folder: Path, name: str) -> Entry:
@@ -46,20 +51,24 @@ def random_box(label: np.ndarray, rng: np.random.Generator) -> tuple[slice, ...]
     return tuple(box)
 
 
-def main(data: Path, out: Path, part: str = "train", crops: int = 0) -> None:
+def main(
+    data: Positional[Path], out: Positional[Path], part: Literal["train", "val"] = "train", crops: int = 0
+) -> None:
     cases = [entry(data / "sts", name) for name in json.loads((data / "splits.json").read_text())["sts"][part]]
     if not crops:
         link(cases, out)
         return
+    (out / "cases.csv").unlink(missing_ok=True)  # written last, when all is there
     for folder in FOLDERS:
-        (out / folder).mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(out / folder, ignore_errors=True)
+        (out / folder).mkdir(parents=True)
     made = [
         crop(case, out, f"{case.name}_{number}", (index, number))
         for index, case in enumerate(tqdm(cases, unit="case"))
-        for number in range(crops)
+        for number in range(crops if index < len(cases) - HELD_OUT else 1)
     ]
     write_rows(out, made)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]), *sys.argv[3:4], *map(int, sys.argv[4:5]))
+    tyro.cli(main)
