@@ -22,6 +22,10 @@ CONTEXT_MIB = 700  # of a device, taken before the first tensor
 LIVE_MAPS = 16  # full-resolution maps of the CNN alive at the peak, counted in `cnn_width` channels
 
 
+class NotFiniteError(ValueError):
+    """The network gave infinities or worse."""
+
+
 class SlicePredictions(NamedTuple):
     """probability: float16 (S, 256, 256) of lesion a pixel; presence: float32 (S,) probability of any lesion."""
 
@@ -48,7 +52,8 @@ def predict_slices(
 ) -> SlicePredictions:
     """Run every slice of `hu` (z, y, x) as the target of its window; `progress` is told how many more are done.
 
-    Where the device runs out of memory the batch halves; at one slice the rest goes to the CPU.
+    Where the device runs out of memory the batch halves; at one slice the rest goes to the CPU. Where float16 is too
+    narrow for a scan, the network goes on in float32, in later scans too. NotFiniteError where that is not enough.
     """
     count = len(grid)
     probability = np.empty((count, IMAGE_SIZE, IMAGE_SIZE), np.float16)
@@ -57,7 +62,14 @@ def predict_slices(
     while start < count:
         stop = min(start + targets, count)
         images = torch.from_numpy(grid.cut(hu, start - model.config.radius, stop + model.config.radius, window_hu))
-        result = _try_stack(model, images)
+        try:
+            result = _try_stack(model, images)
+        except NotFiniteError:
+            if next(model.parameters()).dtype == torch.float32:
+                raise
+            logger.warning("values too large for float16: the hybrid network goes on in float32")
+            model.float()
+            continue
         if result is None:
             model, targets = _retreat(model, targets)
             continue
@@ -91,7 +103,7 @@ def run_stack(model: Hybrid, images: Tensor) -> tuple[Tensor, Tensor]:
         logits, presence = output.logits[0], output.presence[0]
     logits, presence = logits.float().cpu(), presence.float().softmax(dim=-1)[:, 1].cpu()
     if not (logits.isfinite().all() and presence.isfinite().all()):
-        raise ValueError("the hybrid network gave values that are not finite: run it with --device cpu")
+        raise NotFiniteError("the hybrid network gave values that are not finite: run it with --device cpu")
     return logits, presence
 
 

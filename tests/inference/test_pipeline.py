@@ -126,3 +126,32 @@ def test_batches_do_not_change_what_a_slice_gets(planes_kept: bool) -> None:
         found = predict_slices(model, grid, hu, targets=targets, progress=told.append)
         assert sum(told) == 7
         np.testing.assert_allclose(found.probability, expected, atol=1e-3)  # kept in float16
+
+
+class Overflowing(BrightIsLesion):
+    """Values that float16 cannot hold, for the second batch of slices; or none that any type could."""
+
+    def __init__(self, beyond: float) -> None:
+        super().__init__(planes_kept=False)
+        self.beyond, self.calls = beyond, 0
+
+    def forward(self, stack: Tensor) -> HybridOutput:
+        self.calls += 1
+        output = super().forward(stack)
+        large = output.logits.to(stack.dtype) * self.beyond
+        return output if self.calls == 1 else HybridOutput(large / self.beyond, output.presence)
+
+
+def test_what_float16_cannot_hold_is_done_again_in_float32(caplog) -> None:
+    hu = np.full((5, 50, 60), -300, np.int16)
+    hu[:, 10:30, 20:50] = 400
+    grid = SliceGrid(hu.shape, (3.0, 2.0, 2.0))
+    model = Overflowing(1e30).half()
+    found = predict_slices(model, grid, hu, targets=2)
+    expected = predict_slices(BrightIsLesion(False), grid, hu)
+    np.testing.assert_allclose(found.probability, expected.probability, atol=1e-3)
+    assert caplog.messages == ["values too large for float16: the hybrid network goes on in float32"]
+    assert model.calls == 4  # of three batches, one twice
+    for beyond in (float("inf"), float("nan")):
+        with pytest.raises(ValueError, match="not finite"):
+            predict_slices(Overflowing(beyond), grid, hu, targets=2)
