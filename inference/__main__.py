@@ -11,10 +11,12 @@ import argparse
 import io
 import json
 import logging
+import platform
 import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
     from .pipeline import Pipeline, Report
 
 DONE, FAILED, USAGE = 0, 1, 2
+DECISIVE = ("torch", "onnxruntime-gpu", "numpy", "nibabel", "SimpleITK", "connected-components-3d")  # for the masks
 
 
 class UsageError(Exception):
@@ -116,6 +119,21 @@ def choose_device(wanted: str) -> str:
     return f"cuda:{int(index or 0)}"
 
 
+class Warned(logging.Handler):
+    """Keeps what was warned of, until it is taken."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.messages: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.messages.append(record.getMessage())
+
+    def take(self) -> list[str]:
+        taken, self.messages = self.messages, []
+        return taken
+
+
 class Reader:
     """Reads scans; the first one in a thread, from here on: while frameworks are imported and weights are loaded."""
 
@@ -142,7 +160,12 @@ class Run:
     outputs: Path
     save_probabilities: bool
     read: Reader = field(default_factory=Reader)
+    warned: Warned = field(default_factory=Warned)
     reports: list[Report] = field(default_factory=list)
+    warnings_at_start: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.warnings_at_start = self.warned.take()
 
     def case(self, source: Path) -> None:
         with tqdm(desc=case_name(source), leave=False, disable=None) as bar:
@@ -158,6 +181,7 @@ class Run:
                 self.fail(source, one_line(source, error))
 
     def add(self, report: Report) -> None:
+        report.warnings = self.warned.take()
         self.reports.append(report)
         print(report.error or report, file=sys.stderr if report.error else sys.stdout, flush=True)
 
@@ -167,10 +191,12 @@ class Run:
         self.add(Report(case=case_name(source), input=source.name, error=sentence))
 
     def to_dict(self) -> dict[str, Any]:
+        manifest = self.pipeline.manifest
         return {
-            "weights": self.pipeline.manifest.name,
+            "versions": {"python": platform.python_version(), **{name: version(name) for name in DECISIVE}},
+            "weights": {"name": manifest.name, **{part: entry["sha256"] for part, entry in manifest.files.items()}},
             "device": self.pipeline.device,
-            "start": asdict(self.read.stopwatch),
+            "start": {**asdict(self.read.stopwatch), "warnings": self.warnings_at_start},
             "cases": [report.to_dict() for report in self.reports],
         }
 
@@ -208,8 +234,9 @@ def run(options: argparse.Namespace) -> int:
         scans = [path for path in scans if not (options.outputs / output_names(case_name(path))[0]).exists()]
     stopwatch = Stopwatch()
     read = Reader(next((scan for scan in scans if scan not in refused), None), options.max_voxels, stopwatch)
-    pipeline = load(options, stopwatch)
-    done = Run(pipeline, options.outputs, options.save_probabilities, read)
+    warned = Warned()
+    logging.getLogger(__package__).addHandler(warned)
+    done = Run(load(options, stopwatch), options.outputs, options.save_probabilities, read, warned)
     for source in tqdm(scans, unit="case", disable=None if len(scans) > 1 else True):
         if source in refused:
             done.fail(source, refused[source])

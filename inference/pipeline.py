@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -54,6 +54,7 @@ class Report(Stopwatch):
     lesions: int = 0
     volume_ml: float = 0.0
     error: str | None = None
+    warnings: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
         z, y, x = self.size

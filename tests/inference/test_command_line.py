@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import logging
 import os
 import subprocess
 from pathlib import Path
@@ -12,10 +14,11 @@ import numpy as np
 import pytest
 import SimpleITK
 
-from inference.__main__ import Reader, Run
+from inference.__main__ import Reader, Run, Warned
 from inference.pipeline import Pipeline, scan_score
 from inference.volume import read_volume
 
+WEIGHTS = {"hybrid": "hybrid.safetensors", "unet": "unet.onnx"}
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 
@@ -66,8 +69,14 @@ def test_folder_with_good_and_bad_scans(inputs: Path, random_weights: Path, tmp_
         assert mask.GetSize() == image.GetSize()
         np.testing.assert_allclose(mask.GetDirection(), image.GetDirection(), atol=1e-6)
         assert set(np.unique(SimpleITK.GetArrayFromImage(mask))) <= {0, 1}
-    report = {case["case"]: case for case in json.loads((tmp_path / "report.json").read_text())["cases"]}
+    told = json.loads((tmp_path / "report.json").read_text())
+    assert told["versions"]["nibabel"] == nib.__version__
+    sums = {part: hashlib.sha256((random_weights / name).read_bytes()).hexdigest() for part, name in WEIGHTS.items()}
+    assert told["weights"] == {"name": "random", **sums}
+    assert set(told["start"]["seconds"]) == {"imports", "weights", "read ahead"}
+    report = {case["case"]: case for case in told["cases"]}
     assert report["a"]["size"] == [12, 40, 48]
+    assert report["a"]["warnings"] == []
     assert set(report["a"]["seconds"]) == {"read", "hybrid", "unet", "fuse", "write"}
     written = nib.load(tmp_path / "out" / "a.nii.gz")
     voxel_ml = abs(np.linalg.det(written.affine[:3, :3])) / 1000
@@ -216,6 +225,22 @@ def test_real_scans_give_masks_on_their_grid(data_dir: Path, random_weights: Pat
         for name in ("GetSize", "GetOrigin", "GetSpacing", "GetDirection"):
             assert getattr(mask, name)() == getattr(scan, name)()
         assert set(np.unique(SimpleITK.GetArrayFromImage(mask))) <= {0, 1}
+
+
+def test_a_report_holds_the_warnings_of_its_case(inputs: Path, random_weights: Path, tmp_path: Path) -> None:
+    logger, warned = logging.getLogger("inference"), Warned()
+    logger.addHandler(warned)
+    try:
+        logger.warning("at start")
+        run = Run(Pipeline(random_weights), tmp_path / "out", save_probabilities=False, warned=warned)
+        logging.getLogger("inference.unet").warning("of %s", "a case")
+        run.case(inputs / "a_0000.nii.gz")
+        run.case(inputs / "a_0000.nii.gz")
+    finally:
+        logger.removeHandler(warned)
+    told = run.to_dict()
+    assert told["start"]["warnings"] == ["at start"]
+    assert [case["warnings"] for case in told["cases"]] == [["of a case"], []]
 
 
 def test_the_first_scan_is_read_ahead_once(inputs: Path, tmp_path: Path) -> None:
