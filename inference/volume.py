@@ -9,12 +9,7 @@ them) are kept as they were; MHA and NRRD are read by SimpleITK.
 from __future__ import annotations
 
 import gzip
-import io
 import itertools
-import os
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +19,7 @@ import nibabel as nib
 import numpy as np
 from numpy.typing import NDArray
 
+from .atomic import write_whole
 from .files import HEADER_BYTES, LPS_TO_RAS, MAX_VOXELS, Scaled, read_itk, read_nifti
 
 AIR_HU = -1024  # padding below this is clipped
@@ -235,23 +231,6 @@ def _write(array: NDArray[np.uint8], geometry: Geometry, path: Path, slope: floa
     # the same mask gives the same bytes: no time stamp, no name; level 1 is five times as fast as 9
     content = gzip.compress(header.binaryblock + no_extensions + voxels, compresslevel=1, mtime=0)
     try:
-        with _replacing(path) as file:
-            file.write(content)
+        write_whole(path, content)
     except OSError as error:
         raise OSError(error.errno, f"{path}: cannot be written ({error.strerror}): make room or remove it") from error
-
-
-@contextmanager
-def _replacing(path: Path) -> Iterator[io.BufferedWriter]:
-    """A file that takes its name only when it is whole, and leaves nothing behind otherwise."""
-    descriptor, name = tempfile.mkstemp(prefix=".", suffix=".part", dir=path.parent)
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        Path(name).chmod(0o644)  # mkstemp's 0600 would keep a grader's user out
-        Path(name).replace(path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise

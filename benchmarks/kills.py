@@ -1,0 +1,105 @@
+"""Kill the program at random moments: whatever lies in outputs afterwards must be whole and right.
+
+    python -m benchmarks.kills --kills 50
+
+Ten tiny scans, each time from an empty folder; then the same call with `--skip-existing` has to finish the rest. What
+counts as right is what an undisturbed run wrote, byte for byte.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import tyro
+from tqdm import tqdm
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+CASES = 10
+SIGNALS = (signal.SIGKILL, signal.SIGTERM)
+
+
+@dataclass(frozen=True)
+class Settings:
+    kills: int = 50
+    seed: int = 0
+    weights: str = "small"
+
+
+def write_scans(folder: Path) -> None:
+    """Ten bodies of 40 HU with noise, 48×40×12 voxels of 3×3×5 mm."""
+    folder.mkdir(parents=True)
+    axes = np.meshgrid(*(np.linspace(-1, 1, n) for n in (48, 40, 12)), indexing="ij")
+    body = np.where(sum(a**2 for a in axes) < 0.8, 40, -1000)
+    for case in range(CASES):
+        hu = body + np.random.default_rng(case).normal(0, 10, body.shape)
+        nib.save(nib.Nifti1Image(hu.astype(np.int16), np.diag([3.0, 3, 5, 1])), folder / f"c{case}_0000.nii.gz")
+
+
+def command(scans: Path, out: Path, weights: str, *options: str) -> list[str]:
+    return [
+        "sh",
+        str(REPOSITORY / "predict.sh"),
+        str(scans),
+        str(out),
+        "--weights",
+        weights,
+        "--device",
+        "cpu",
+        *options,
+    ]
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    """All files, hidden ones too."""
+    return {path.name: path.read_bytes() for path in folder.iterdir()} if folder.is_dir() else {}
+
+
+def kill_once(call: Sequence[str], moment_s: float, kind: signal.Signals) -> bool:
+    """Start the program and kill it after so many seconds; False where it had ended by then."""
+    process = subprocess.Popen(call, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    try:
+        process.wait(moment_s)
+        return False
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, kind)
+        process.wait(30)
+        return True
+
+
+def survive(scans: Path, folder: Path, weights: str, kills: int, seed: int) -> dict[str, int]:
+    """How many kills met the program at work, and how many masks had been written by then. RuntimeError at a flaw."""
+    start = time.monotonic()
+    subprocess.run(command(scans, folder / "whole", weights), check=True, capture_output=True)
+    lasts_s, expected = time.monotonic() - start, content(folder / "whole")
+    rng, met, written = np.random.default_rng(seed), 0, 0
+    for number in tqdm(range(kills), unit="kill"):
+        out = folder / str(number)
+        met += kill_once(command(scans, out, weights), rng.uniform(0.2, 1) * lasts_s, SIGNALS[number % 2])
+        left = content(out)
+        wrong = [name for name, found in left.items() if expected.get(name) != found]
+        if wrong:
+            raise RuntimeError(f"kill {number} of seed {seed} left {wrong} in {out}")
+        written += len(left)
+        subprocess.run(command(scans, out, weights, "--skip-existing"), check=True, capture_output=True)
+        if content(out) != expected:
+            raise RuntimeError(f"after kill {number} of seed {seed} a second run did not finish what was left")
+    return {"kills": kills, "met_at_work": met, "masks_before_kills": written}
+
+
+def main(settings: Settings) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        write_scans(Path(folder) / "scans")
+        print(survive(Path(folder) / "scans", Path(folder), settings.weights, settings.kills, settings.seed))
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Settings, description=__doc__))
