@@ -4,7 +4,7 @@
 #   DL3002 (last user is not root): there is no USER line. Graders mount an outputs/ that root owns, mode 0755, so the default
 #          user has to be root; any other `--user` works as well, because nothing is written outside outputs/.
 #   DL3006, DL3007 (pin the tag): 3.11-slim moves with Python's and Debian's fixes on purpose; what decides the masks, the
-#          Python packages, is pinned exactly in requirements.txt (which is also what DL3013 asks for).
+#          Python packages, is pinned exactly in requirements.lock, with what they need and with hashes (what DL3013 asks for).
 FROM python:3.11-slim
 
 LABEL org.opencontainers.image.title="samcancer" \
@@ -16,8 +16,9 @@ WORKDIR /workspace
 
 # The slow layer first: it stays as it is while code and weights change. pip compiles what it installs, so no start pays for that.
 # The pins decide alone: constraints that the builder's pip may be set up with name files that are not there in a build.
-COPY requirements.txt ./
-RUN PIP_CONSTRAINT=/dev/null pip install --no-cache-dir --disable-pip-version-check --root-user-action=ignore -r requirements.txt
+COPY requirements.lock ./
+RUN PIP_CONSTRAINT=/dev/null pip install --no-cache-dir --disable-pip-version-check --root-user-action=ignore \
+        --require-hashes -r requirements.lock
 
 COPY weights/ weights/
 COPY inference/ inference/

@@ -4,7 +4,8 @@ IMAGE ?= samcancer
 
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
-.PHONY: demo test lint image upload clean
+.PHONY: demo test lint image upload sbom audit clean
+SUPPLY := build/supply
 
 # The stamp is made last, so that an installation that broke off is done again.
 .venv: .venv/.complete
@@ -40,6 +41,25 @@ upload: image
 	bash -c '$(WITH_ENGINE) docker save $(IMAGE):latest -o $(IMAGE).tar'
 	$$(command -v pigz || command -v gzip) --force $(IMAGE).tar
 	ls -l $(IMAGE).tar.gz
+
+# What the image installs, with all that it needs and the hashes of their files: after a change of requirements.txt.
+requirements.lock: requirements.txt $(SUPPLY)/.complete
+	$(SUPPLY)/bin/uv pip compile requirements.txt --quiet --generate-hashes --no-header --no-annotate \
+	    --python-version 3.11 --python-platform x86_64-manylinux_2_28 -o $@
+
+# What the image's Python packages are, for whoever has to know (CycloneDX).
+sbom: $(SUPPLY)/.complete
+	$(SUPPLY)/bin/cyclonedx-py requirements requirements.lock --pyproject pyproject.toml --output-reproducible -o sbom.json
+
+# Known vulnerabilities of the image's Python packages; asks a service on the net.
+audit: $(SUPPLY)/.complete
+	$(SUPPLY)/bin/pip-audit --requirement requirements.lock --require-hashes --disable-pip
+
+# Tools of their own: nothing else needs them.
+$(SUPPLY)/.complete: Makefile
+	$(PYTHON) -m venv $(SUPPLY)
+	$(SUPPLY)/bin/pip install --quiet uv==0.13.9 cyclonedx-bom==7.5.0 pip-audit==2.10.1
+	touch $@
 
 # What can be made again in a moment; .venv/, runs/, cache/ and uploads stay.
 clean:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-IN_CONTEXT = ("Dockerfile", ".dockerignore", "requirements.txt", "predict.sh", "inference", "weights")
+IN_CONTEXT = ("Dockerfile", ".dockerignore", "requirements.lock", "predict.sh", "inference", "weights")
 BUILD_LIMIT_S = 3600
 RUN_LIMIT_S = 600
 ARCHIVE_LIMIT_S = 1200  # one save or one load of several GB

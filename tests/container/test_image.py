@@ -200,7 +200,7 @@ def test_no_source_is_compiled_at_start(bench: Bench) -> None:
 
 def test_image_holds_what_inference_needs_and_nothing_else(bench: Bench) -> None:
     listed = bench.engine.docker("run", "--rm", f"{bench.image}:latest", "ls", "-A", "/workspace").stdout.split()
-    assert sorted(listed) == ["inference", "inputs", "outputs", "predict.sh", "requirements.txt", "weights"]
+    assert sorted(listed) == ["inference", "inputs", "outputs", "predict.sh", "requirements.lock", "weights"]
 
 
 def test_labels_say_what_the_project_says(engine: Engine, image: str) -> None:
