@@ -37,7 +37,7 @@ HEALTHY_LIMIT = 0.05  # of the healthy cases may have a false positive
 ROUNDS = 2  # of the search, one threshold at a time
 STARTS = (0.5, 0.7, 0.9)  # voxel thresholds from which the search sets out, so that an empty mask cannot trap it
 SURE = (0.95, 0.5, 0.7, 0.9, 0.98, 0.99, 1.01)  # above 1: never sure alone
-VOXEL = (0.5, 0.3, 0.4, 0.6, 0.7, 0.8, 0.9)
+VOXEL = (0.5, 0.3, 0.4, 0.6, 0.7, 0.8, 0.9, 0.95)
 CHOICES: dict[str, tuple[float, ...]] = {
     "scan_threshold": (0.5, 0.0, 0.3, 0.6, 0.7, 0.8, 0.85, 0.9, 0.93, 0.95, 0.97, 0.98, 0.99),
     "weight": (0.5, 0.2, 0.35, 0.65, 0.8),
@@ -47,7 +47,7 @@ CHOICES: dict[str, tuple[float, ...]] = {
     "sure_hybrid": SURE,
     "sure_unet": SURE,
     "unet_voxel": VOXEL,
-    "min_volume_ml": (0.0, 0.05, 0.1, 0.2, 0.5, 1.0),
+    "min_volume_ml": (0.0, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0),
 }
 SEARCHED: dict[str, tuple[str, ...]] = {  # by which network speaks; the thresholds that matter then
     "hybrid": ("scan_threshold", "voxel", "sure_hybrid", "min_volume_ml"),
