@@ -20,9 +20,8 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from inference.pipeline import Pipeline
-from inference.weights import Gate
 from training import hybrid_training, release
-from training.calibration import SEARCHED, Predicted, calibrate, choose_slice_gate, predict
+from training.calibration import SEARCHED, calibrate_all, choose_slice_gate, predict
 from training.data import load_case, read_folder
 
 FULL, HEALTHY = "full", "healthy"
@@ -78,15 +77,13 @@ def figures(settings: Settings, changes: dict[str, Any], folder: Path, seed: int
     gate = choose_slice_gate(pipeline, map(load_case, entries[::2]))
     cases = [predict(pipeline, load_case(entry)) for entry in tqdm(entries, desc=folder.name, unit="case")]
     judged = {entry.name: case for entry, case in zip(entries[1::2], cases[1::2], strict=True)}
-    result = {network: dice_of(cases[::2], judged, network, gate) for network in SEARCHED}
+    result = {
+        network: {name: case.dice(operating, network) for name, case in judged.items()}
+        for network, (operating, _) in calibrate_all(cases[::2], gate).items()
+    }
     result[HEALTHY] = {name: float(not case.label.any()) for name, case in judged.items()}
     done.write_text(json.dumps(result))
     return result
-
-
-def dice_of(chosen_on: list[Predicted], judged: dict[str, Predicted], network: str, gate: Gate) -> dict[str, float]:
-    operating, _ = calibrate(chosen_on, network, gate)
-    return {name: case.dice(operating, network) for name, case in judged.items()}
 
 
 def compare(ours: NDArray[np.float64], theirs: NDArray[np.float64]) -> dict[str, float]:
