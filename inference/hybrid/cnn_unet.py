@@ -74,7 +74,7 @@ class Conv(nn.Sequential):
 def fold_batch_norms(model: nn.Module) -> None:
     """Put every batch norm of a model that will not be trained into the convolution before it: the same result."""
     for conv in model.modules():
-        if isinstance(conv, Conv) and isinstance(conv[1], nn.BatchNorm3d):
+        if isinstance(conv, Conv) and isinstance(conv[0], nn.Conv3d) and isinstance(conv[1], nn.BatchNorm3d):
             conv[0], conv[1] = fuse_conv_bn_eval(conv[0], conv[1]), nn.Identity()
 
 

@@ -32,12 +32,13 @@ def entry(folder: Path, name: str) -> Entry:
 
 def crop(case: Entry, out: Path, name: str, seed: tuple[int, ...]) -> Entry:
     """Write the scan and its label cut by the same random box, which holds all of the tumour."""
-    scan, label = nib.Nifti1Image.from_filename(case.scan), nib.Nifti1Image.from_filename(case.label)
+    assert case.label is not None
+    scan, label = (nib.Nifti1Image.from_filename(path) for path in (case.scan, case.label))
     box = random_box(np.asanyarray(label.dataobj), np.random.default_rng(seed))
-    made = Entry(name, out / FOLDERS[0] / f"{name}_0000.nii.gz", out / FOLDERS[1] / f"{name}.nii.gz", None)
-    nib.save(scan.slicer[box], made.scan)
-    nib.save(label.slicer[box], made.label)
-    return Entry(name, made.scan, made.label, None, patient=case.name)
+    scan_path, label_path = out / FOLDERS[0] / f"{name}_0000.nii.gz", out / FOLDERS[1] / f"{name}.nii.gz"
+    nib.save(scan.slicer[box], scan_path)
+    nib.save(label.slicer[box], label_path)
+    return Entry(name, scan_path, label_path, None, patient=case.name)
 
 
 def random_box(label: np.ndarray, rng: np.random.Generator) -> tuple[slice, ...]:
