@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import nibabel as nib
@@ -11,7 +12,6 @@ import SimpleITK
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from inference import volume as module
 from inference.volume import body_box, canonical_axes, case_name, is_scan, read_label, read_volume, write_mask
 
 
@@ -217,7 +217,7 @@ def test_a_write_that_fails_leaves_nothing_and_spares_the_old_mask(tmp_path, mon
     def fail(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(module.os if broken == "fsync" else module.Path, broken, fail)
+    monkeypatch.setattr(os if broken == "fsync" else Path, broken, fail)
     with pytest.raises(OSError, match="No space"):
         write_mask(read.hu > 0, read.geometry, tmp_path / "out" / "x.nii.gz")
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["x.nii.gz"]
