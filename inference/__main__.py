@@ -11,12 +11,10 @@ import argparse
 import io
 import json
 import logging
-import platform
 import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -191,9 +189,11 @@ class Run:
         self.add(Report(case=case_name(source), input=source.name, error=sentence))
 
     def to_dict(self) -> dict[str, Any]:
+        from importlib.metadata import version  # late: 12 ms of every start, for the few that want a report
+
         manifest = self.pipeline.manifest
         return {
-            "versions": {"python": platform.python_version(), **{name: version(name) for name in DECISIVE}},
+            "versions": {"python": sys.version.split()[0], **{name: version(name) for name in DECISIVE}},
             "weights": {"name": manifest.name, **{part: entry["sha256"] for part, entry in manifest.files.items()}},
             "device": self.pipeline.device,
             "start": {**asdict(self.read.stopwatch), "warnings": self.warnings_at_start},
