@@ -155,3 +155,41 @@ def test_what_float16_cannot_hold_is_done_again_in_float32(caplog) -> None:
     for beyond in (float("inf"), float("nan")):
         with pytest.raises(ValueError, match="not finite"):
             predict_slices(Overflowing(beyond), grid, hu, targets=2)
+
+
+class Cramped(BrightIsLesion):
+    """On a device with room for so many target slices at once; on the CPU, where it was moved, for any number."""
+
+    def __init__(self, room: int) -> None:
+        super().__init__(planes_kept=False)
+        self.room, self.tried = room, list[int]()
+
+    def forward(self, stack: Tensor) -> HybridOutput:
+        self.tried.append(stack.shape[1] - 4)
+        if self.tried[-1] > self.room:
+            raise torch.OutOfMemoryError("out of memory")
+        return super().forward(stack)
+
+    def cpu(self) -> Cramped:
+        self.room = 1000
+        return self
+
+
+@pytest.mark.parametrize(
+    ("room", "tried", "told"),
+    [
+        (8, [8, 1], []),
+        (3, [8, 4, 2, 2, 2, 2, 1], ["4 instead of 8 slices", "2 instead of 4 slices"]),
+        (0, [8, 4, 2, 1, 9], ["4 instead of 8", "2 instead of 4", "1 instead of 2", "goes on without the GPU"]),
+    ],
+)
+def test_out_of_memory_halves_the_batch_and_leads_to_the_cpu(caplog, room: int, tried: list, told: list) -> None:
+    hu = np.full((9, 50, 60), -300, np.int16)
+    hu[:, 10:30, 20:50] = 400
+    grid, model = SliceGrid(hu.shape, (3.0, 2.0, 2.0)), Cramped(room)
+    found = predict_slices(model, grid, hu, targets=8)
+    assert model.tried == tried
+    assert len(caplog.messages) == len(told)
+    assert all(words in message for words, message in zip(told, caplog.messages, strict=True))
+    expected = predict_slices(BrightIsLesion(False), grid, hu)
+    np.testing.assert_allclose(found.probability, expected.probability, atol=1e-3)
