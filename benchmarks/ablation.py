@@ -94,9 +94,7 @@ def compare(ours: NDArray[np.float64], theirs: NDArray[np.float64]) -> dict[str,
     return {"difference": float(difference.mean()), "low": float(low), "high": float(high)}
 
 
-def row(
-    ours: dict[str, NDArray[np.float64]], full: dict[str, NDArray[np.float64]]
-) -> dict[str, dict[str, float | None]]:
+def row(ours: Scores, full: Scores) -> dict[str, dict[str, float | None]]:
     """A variant's mean Dice by network, what it is above (+) or below (−) the full method's, and its false positives.
 
     Both are (seeds, cases) by network, and by `HEALTHY`; false positives are the share of healthy cases with any, None

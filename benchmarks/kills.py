@@ -45,17 +45,8 @@ def write_scans(folder: Path) -> None:
 
 
 def command(scans: Path, out: Path, weights: str, *options: str) -> list[str]:
-    return [
-        "sh",
-        str(REPOSITORY / "predict.sh"),
-        str(scans),
-        str(out),
-        "--weights",
-        weights,
-        "--device",
-        "cpu",
-        *options,
-    ]
+    program = ["sh", str(REPOSITORY / "predict.sh"), str(scans), str(out)]
+    return [*program, "--weights", weights, "--device", "cpu", *options]
 
 
 def content(folder: Path) -> dict[str, bytes]:

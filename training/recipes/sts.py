@@ -20,6 +20,7 @@ import tyro
 from tqdm import tqdm
 from tyro.conf import Positional
 
+from inference.fusion import bounding_box
 from training.data import Entry, link, write_rows
 
 FOLDERS = ("imagesTr", "labelsTr")
@@ -43,13 +44,12 @@ def crop(case: Entry, out: Path, name: str, seed: tuple[int, ...]) -> Entry:
 
 def random_box(label: np.ndarray, rng: np.random.Generator) -> tuple[slice, ...]:
     """A box of a mask's array around all of the mask, with a random share of each margin."""
-    box = []
-    for axis in range(label.ndim):
-        used = np.flatnonzero(label.any(axis=tuple(other for other in range(label.ndim) if other != axis)))
-        low = rng.integers(0, used[0], endpoint=True)
-        high = rng.integers(used[-1] + 1, label.shape[axis], endpoint=True)
-        box.append(slice(int(low), int(high)))
-    return tuple(box)
+    around = bounding_box(label)
+    assert around is not None
+    return tuple(
+        slice(int(rng.integers(0, used.start, endpoint=True)), int(rng.integers(used.stop, size, endpoint=True)))
+        for used, size in zip(around, label.shape, strict=True)
+    )
 
 
 def main(
