@@ -2,8 +2,7 @@
 
 Maps are (N, channels, depth, height, width). Convolutions look across slices only where their `Depth` says so; every
 pooling, norm and gate acts, in use, on each slice by itself, so a slice's features do not depend on which stack holds
-it.
-Source: SAMCancer §2 and SAMCT's CNN encoder (bias-free convolutions, layer norm over channels, GELU). With
+it. Source: SAMCancer §2 and SAMCT's CNN encoder (bias-free convolutions, layer norm over channels, GELU). With
 `config.norm` "batch", batch norm and ReLU take the place of layer norm and GELU: a layer norm over the channels takes
 away how strong they all are, and so the HU of every region without an edge.
 """
@@ -37,7 +36,7 @@ def centre(x: Tensor, depth: int, axis: int = 2) -> Tensor:
 
 
 def plane_mean(x: Tensor) -> Tensor:
-    """(N, C, D, H, W) → (N, D, C). These two are products of matrices, ten times as fast as `mean` in bfloat16."""
+    """(N, C, D, H, W) → (N, D, C). These two are products of matrices, many times as fast as `mean` in bfloat16."""
     pixels = x.movedim(1, -1).flatten(2, 3)
     return (pixels.new_full((1, pixels.shape[2]), 1 / pixels.shape[2]) @ pixels)[:, :, 0]
 
