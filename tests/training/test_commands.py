@@ -89,3 +89,9 @@ def test_ablation_row_by_hand() -> None:
     assert row["difference"] == pytest.approx((0.1 + 0.2 - 1.0) / 6)
     assert row["low"] < row["difference"] < row["high"]
     assert row["healthy_false_positives"] == 0.5
+
+
+def test_crops_without_the_cnn_are_refused(folder, tmp_path, command, capsys) -> None:
+    assert command("hybrid", "--data", folder, "--out", tmp_path / "x", "--crop-share", 0.5, "--no-cnn", *BUDGET) == 1
+    assert "--crop-share trains the CNN alone" in capsys.readouterr().err
+    assert not (tmp_path / "x").exists()
