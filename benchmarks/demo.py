@@ -43,7 +43,7 @@ def slices_to_show(truth: NDArray[np.uint8], prediction: NDArray[np.uint8]) -> l
 
 def draw(hu: NDArray[np.int16], truth: NDArray[np.uint8], prediction: NDArray[np.uint8], path: Path) -> None:
     """Three axial slices in the tissue window with both contours."""
-    figure, axes = plt.subplots(1, 3, figsize=(13.5, 5), facecolor="black", layout="constrained")
+    figure, axes = plt.subplots(1, 3, figsize=(13.5, 5.5), facecolor="black", layout="constrained")
     for axis, z in zip(axes, slices_to_show(truth, prediction), strict=True):
         axis.imshow(hu[z], cmap="gray", vmin=-200, vmax=300)
         for mask, colour in ((truth, TRUTH), (prediction, PREDICTION)):
