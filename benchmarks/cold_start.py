@@ -101,6 +101,7 @@ def main(settings: Settings) -> None:
     start, case = runs[len(runs) // 2]
     told: dict[str, Any] = {
         "date": datetime.now(UTC).date().isoformat(),
+        "command": f"python -m benchmarks.cold_start --slices {settings.slices} --runs {settings.runs}",
         "machine": f"{platform.machine()}, {os.cpu_count()} CPU cores, {settings.device}",
         "scan": [512, 512, settings.slices],
         "total_s": [round(run[0]["exit"][1], 2) for run in runs],
