@@ -15,7 +15,6 @@ from typing import Literal, cast
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from inference.hybrid.config import IMAGE_SIZE, PRESETS, HybridConfig, Norm
@@ -24,7 +23,7 @@ from inference.hybrid.predict import run_stack
 from inference.slices import Plane, Resize
 from training.data import split
 from training.hybrid_data import SliceCase, Stacks, StackSampler, slice_cases
-from training.loop import Common, Run, Task, train
+from training.loop import Common, Run, Task, load_weights, save_weights, train
 from training.losses import CLASSIFIER_WEIGHT, annealed_weight, dice, hybrid_loss, mask_loss
 from training.organs import OrganHeads
 from training.sam_checkpoint import load_sam
@@ -92,7 +91,7 @@ def start(settings: Settings) -> Run:
     if settings.sam_checkpoint:
         load_sam(network, torch.load(settings.sam_checkpoint, weights_only=True, map_location="cpu"))
     if settings.weights:
-        network.load_state_dict({name: value.float() for name, value in load_file(settings.weights).items()})
+        load_weights(network, settings.weights)
     return Run(HybridTask(network, settings.classifier_weight), torch.optim.Adam, settings)
 
 
@@ -133,7 +132,6 @@ def main(settings: Settings) -> None:
     metadata = {CONFIG: json.dumps(settings.config.to_dict()), "plane": settings.plane, "resize": settings.resize}
 
     def keep() -> None:
-        state = {name: value.contiguous() for name, value in run.average.module.state_dict().items()}
-        save_file(state, settings.out / "hybrid.safetensors", metadata)
+        save_weights(run.average.module, settings.out / "hybrid.safetensors", metadata)
 
     train(run, batch, scores, keep)

@@ -26,7 +26,8 @@ from lightning_fabric import Fabric
 from lightning_fabric.loggers import TensorBoardLogger
 from lightning_fabric.strategies import DDPStrategy
 from numpy.typing import NDArray
-from torch import nn
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
@@ -108,6 +109,24 @@ class Task(nn.Module):
         """example: shape of an input of the network, whose multiply-adds are told at the start."""
         super().__init__()
         self.network, self.heads, self.example = network, heads, example
+
+
+def tensors(network: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers, each once: the modules of MONAI's UNet have several names."""
+    return dict(itertools.chain(network.named_parameters(), network.named_buffers()))
+
+
+def save_weights(network: nn.Module, path: Path, metadata: dict[str, str] | None = None) -> None:
+    """Write a network's tensors as safetensors."""
+    save_file({name: tensor.detach().contiguous() for name, tensor in tensors(network).items()}, path, metadata)
+
+
+def load_weights(network: nn.Module, path: Path) -> None:
+    """Fill a network with what `save_weights` wrote of one alike. ValueError where it is not."""
+    state, own = load_file(path), tensors(network)
+    if {name: value.shape for name, value in state.items()} != {name: value.shape for name, value in own.items()}:
+        raise ValueError(f"{path}: weights of another network than the settings ask for: give those that made it")
+    network.load_state_dict(state, strict=False)  # the other names of a module are filled with it
 
 
 def make_fabric(settings: Common) -> Fabric:

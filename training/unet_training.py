@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import cast
 
 import numpy as np
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from inference.unet import UNetConfig, channels
 from training.data import split
-from training.loop import Common, Run, Task, train
+from training.loop import Common, Run, Task, load_weights, save_weights, train
 from training.losses import annealed_weight, dice, mask_loss
 from training.organs import OrganHeads
 from training.unet import build_unet, export_onnx
@@ -34,6 +35,7 @@ class Settings(Common):
     batch: int = 2
     small_share: float = 0.0  # of the budget, at first: patches of `small`, several times as many a minute
     small: Patch = (32, 64, 64)
+    weights: Path | None = None  # unet.safetensors of another run to start from
 
     def __post_init__(self) -> None:
         for patch in (self.patch, self.small):  # halved three times
@@ -42,8 +44,11 @@ class Settings(Common):
 
 
 class UNetTask(Task):
-    def __init__(self, config: UNetConfig) -> None:
-        network = build_unet(config).to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
+    def __init__(self, config: UNetConfig, weights: Path | None) -> None:
+        network = build_unet(config)
+        if weights:
+            load_weights(network, weights)
+        network = network.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
         heads = OrganHeads([4 * config.features, 2 * config.features])
         heads.watch(list(network.upsamples)[-3:-1])  # a quarter and half of the resolution
         super().__init__(network, heads, (1, len(config.windows_hu), *config.patch))
@@ -57,7 +62,7 @@ class UNetTask(Task):
 def start(settings: Settings) -> Run:
     torch.manual_seed(settings.seed)
     optimizer = partial(torch.optim.AdamW, weight_decay=1e-3)
-    return Run(UNetTask(UNetConfig(features=settings.features)), optimizer, settings)
+    return Run(UNetTask(UNetConfig(features=settings.features), settings.weights), optimizer, settings)
 
 
 def supervised_loss(outputs: Tensor, target: Tensor, weight: float = 1.0) -> Tensor:
@@ -78,7 +83,7 @@ def validate(run: Run, case: GridCase, config: UNetConfig) -> float:
 
 
 def main(settings: Settings) -> None:
-    """Train; the best averaged weights are RUN_DIR/unet.onnx."""
+    """Train; the best averaged weights are RUN_DIR/unet.onnx, which ships, and unet.safetensors, to train on from."""
     settings.out.mkdir(parents=True, exist_ok=True)
     config = UNetConfig(features=settings.features)
     entries, held_out = split(settings.data, settings.validation)
@@ -95,6 +100,7 @@ def main(settings: Settings) -> None:
         return {"dice": float(run.mean([(validate(run, case, config),) for case in own], 1)[0])}
 
     def keep() -> None:
+        save_weights(run.average.module, settings.out / "unet.safetensors")
         export_onnx(run.average.module, config, settings.out / "unet.onnx")
 
     train(run, batch, scores, keep)

@@ -83,6 +83,21 @@ def test_a_run_that_was_cut_off_goes_on_as_if_it_had_not_been(folder, tmp_path, 
     assert losses["parts"] == pytest.approx(losses["whole"], rel=1e-3)
 
 
+@pytest.mark.parametrize("module", [hybrid_training, unet_training])
+def test_a_run_sets_out_from_the_weights_of_another(folder, tmp_path, module) -> None:
+    sizes = {"stacks": 1, "targets": 1} if module is hybrid_training else {"features": 4, "patch": (16, 16, 16)}
+    first = module.Settings((folder,), tmp_path / "first", **sizes, steps=1, validations=1, validation=2, device="cpu")
+    module.main(first)
+    name = "hybrid" if module is hybrid_training else "unet"
+    second = replace(first, out=tmp_path / "second", weights=first.out / f"{name}.safetensors", seed=1)
+    kept = torch.load(first.out / "checkpoint.pt", weights_only=True)["average"]
+    for key, value in module.start(second).network.state_dict().items():
+        assert torch.equal(value, kept[f"module.{key}"]), key
+    other = {"norm": "layer"} if module is hybrid_training else {"features": 8}
+    with pytest.raises(ValueError, match="weights of another network"):
+        module.start(replace(second, **other))
+
+
 @pytest.mark.parametrize("patch", [(8, 32, 32), (20, 32, 32)])
 def test_unet_refuses_patches_that_vanish(folder, tmp_path, patch) -> None:
     with pytest.raises(ValueError, match="multiples of 8 from 16"):
@@ -341,6 +356,6 @@ def test_dice_and_nsd_by_hand() -> None:
     triangle, rectangle = 3**0.5 / 4 * 50, 10 * 50**0.5
     nsd = (3 * triangle + 3 * rectangle) / (4 * triangle + 3 * rectangle)
     assert case.dice_and_nsd(Operating(), "fused") == pytest.approx((0.8 + nsd) / 2)
-    never = Operating().change("voxel", 1.0)
+    never = Operating().change("voxel", 1.0).change("unet_voxel", 1.0)
     assert case.dice_and_nsd(never, "fused") == 0
     assert Predicted(0 * label, (10.0,) * 3, said, said, 0.9).dice_and_nsd(never, "fused") == 1
