@@ -1,7 +1,7 @@
 """Both networks' probabilities → one mask on the scan's own grid, slice by slice.
 
-Rule: voxels where the weighted mean is high enough form 26-connected components; a component stays where both networks
-support it, or where one is sure of it.
+Rule: voxels where the weighted mean or the UNet is high enough form 26-connected components; a component stays where
+both networks support it, or where one is sure of it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ import cc3d
 import numpy as np
 from numpy.typing import NDArray
 
-SliceSource = Callable[[int], NDArray[np.float32]]
+ProbabilityPlane = NDArray[np.float32]
+SliceSource = Callable[[int], ProbabilityPlane]
 """z → lesion probability (y, x) on the scan's grid."""
 
 
@@ -23,8 +24,9 @@ SliceSource = Callable[[int], NDArray[np.float32]]
 class FusionThresholds:
     """All are probabilities but `weight`, the hybrid's share of the mean, and `min_volume_ml`.
 
-    voxel: of the mean, for a voxel to be a candidate; both_*: the component's maximum needed from each network;
-    sure_*: the maximum at which one network alone suffices; unet_voxel: of the UNet alone, where the hybrid is silent.
+    voxel: of the mean, for a voxel to be a candidate; unet_voxel: of the UNet, which suffices for that: a hybrid that
+    overlooks a lesion costs no voxel of it. both_*: the component's maximum needed from each network; sure_*: the
+    maximum at which one network alone suffices.
     """
 
     weight: float = 0.5
@@ -66,24 +68,24 @@ def fuse(
     return mask
 
 
-def mean_probability(
-    hybrid: SliceSource | None, unet: SliceSource | None, z: int, weight: float
-) -> NDArray[np.float32]:
-    """Weighted mean of the networks that speak, slice z (y, x)."""
+def mean_probability(hybrid: ProbabilityPlane | None, unet: ProbabilityPlane | None, weight: float) -> ProbabilityPlane:
+    """Weighted mean of a slice's probabilities (y, x), of the networks that speak."""
     if hybrid is None or unet is None:
-        source = unet if hybrid is None else hybrid
-        assert source is not None
-        return source(z)
-    return weight * hybrid(z) + (1 - weight) * unet(z)
+        spoken = unet if hybrid is None else hybrid
+        assert spoken is not None
+        return spoken
+    return weight * hybrid + (1 - weight) * unet
 
 
 def _candidates(
     hybrid: SliceSource | None, unet: SliceSource | None, z: int, thresholds: FusionThresholds
 ) -> NDArray[np.bool_]:
-    mean = mean_probability(hybrid, unet, z, thresholds.weight)
+    by_hybrid, by_unet = hybrid and hybrid(z), unet and unet(z)
+    mean = mean_probability(by_hybrid, by_unet, thresholds.weight)
     if not np.isfinite(mean).all():
         raise ValueError("a network gave probabilities that are not finite: run with --device cpu")
-    return mean >= (thresholds.unet_voxel if hybrid is None else thresholds.voxel)
+    found = np.zeros(mean.shape, bool) if by_unet is None else by_unet >= thresholds.unet_voxel
+    return found if by_hybrid is None else found | (mean >= thresholds.voxel)
 
 
 def bounding_box(mask: NDArray[Any]) -> tuple[slice, slice, slice] | None:

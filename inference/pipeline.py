@@ -156,7 +156,7 @@ class Pipeline:
             return whole
         body = whole[volume.box]
         for z in range(len(body)):
-            mean = mean_probability(hybrid, unet, z, self.manifest.fusion.weight)
+            mean = mean_probability(hybrid and hybrid(z), unet and unet(z), self.manifest.fusion.weight)
             body[z] = np.rint(255 * np.clip(mean, 0, 1))
         return whole
 

@@ -1,7 +1,7 @@
 """The 3-D UNet through ONNX Runtime: the scan at 3×2×2 mm, overlapping patches, a Gaussian blend.
 
 Source: the FLARE 2024 winner's class of network (4 levels, 3×2×2 mm, patches 96×128×128); patch positions and Gaussian
-weights as nnU-Net. Arrays are (z, y, x).
+weights as nnU-Net, but patches only as large as a scan needs. Arrays are (z, y, x).
 """
 
 from __future__ import annotations
@@ -9,10 +9,11 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import logging
+import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import onnxruntime as ort
@@ -25,13 +26,18 @@ logger = logging.getLogger(__name__)
 
 AIR_HU = -1024
 BLEND_SIGMA = 1 / 8  # of a patch side, as nnU-Net
+STRIDE = 8  # of the coarsest level: sides of patches are its multiples
+SMALLEST = 32  # voxels a side: thinner patches than training's would be mostly border
 EMPTY_HU = -900.0  # a patch with nothing denser than this is air: probability 0, not computed
 Progress = Callable[[int, int], object]
 
 
 @dataclass(frozen=True)
 class UNetConfig:
-    """spacing_mm, patch: (z, y, x); features of the first level; windows_hu: one input channel each."""
+    """spacing_mm, patch: (z, y, x); features of the first level; windows_hu: one input channel each.
+
+    patch: how many voxels may be computed at once, and how few patches along an axis suffice; see `patch_layout`.
+    """
 
     features: int = 16
     spacing_mm: tuple[float, float, float] = (3.0, 2.0, 2.0)
@@ -81,12 +87,42 @@ def channels(grid_hu: NDArray[np.float32], config: UNetConfig) -> NDArray[np.flo
     return np.stack([window(grid_hu, low_high) for low_high in config.windows_hu])
 
 
-def patch_starts(size: int, patch: int, overlap: float) -> list[int]:
-    """Starts of patches that cover `size` evenly, at most patch · (1 − overlap) apart; nnU-Net's rule."""
-    if size <= patch:
-        return [0]
-    count = int(np.ceil((size - patch) / (patch * (1 - overlap)))) + 1
-    return [round(i * (size - patch) / (count - 1)) for i in range(count)]
+class Axis(NamedTuple):
+    """How many patches lie along an axis, and voxels of each."""
+
+    patches: int
+    side: int
+
+    def starts(self, size: int) -> list[int]:
+        """Evenly over `size` voxels."""
+        steps = max(1, self.patches - 1)
+        return [round(i * max(0, size - self.side) / steps) for i in range(self.patches)]
+
+
+def patch_layout(shape: tuple[int, ...], config: UNetConfig) -> tuple[Axis, ...]:
+    """Patches that cover a grid at the least cost, none of more voxels than `config.patch`.
+
+    nnU-Net pads a scan to its patch and puts as many along an axis as overlap by the share `config.overlap` at least.
+    Here a patch is as long as its share of the axis, and where the other axes leave room, fewer and longer ones do.
+    """
+    fits = [
+        axes
+        for axes in itertools.product(
+            *(_choices(n, p, config.overlap) for n, p in zip(shape, config.patch, strict=True))
+        )
+        if math.prod(axis.side for axis in axes) <= math.prod(config.patch)
+    ]
+    return min(fits, key=lambda axes: math.prod(axis.patches * axis.side for axis in axes))
+
+
+def _choices(size: int, patch: int, overlap: float) -> list[Axis]:
+    """From one patch to nnU-Net's number of them, each overlapping the next by its share of `overlap`."""
+    most = max(1, math.ceil((size - patch) / (patch * (1 - overlap))) + 1)
+    choices = []
+    for count in range(1, most + 1):
+        needed = math.ceil(size / (1 + (count - 1) * (1 - overlap)))
+        choices.append(Axis(count, STRIDE * math.ceil(max(needed, min(SMALLEST, patch)) / STRIDE)))
+    return choices
 
 
 def gaussian(patch: tuple[int, ...]) -> NDArray[np.float32]:
@@ -165,30 +201,26 @@ class UNet:
     ) -> GridProbability:
         """Lesion probability of a scan (z, y, x) of HU."""
         grid_hu = resample(hu, spacing_mm, self.config)
-        margins = [max(0, p - n) for p, n in zip(self.config.patch, grid_hu.shape, strict=True)]
+        layout = patch_layout(grid_hu.shape, self.config)
+        margins = [max(0, axis.side - n) for axis, n in zip(layout, grid_hu.shape, strict=True)]
         padded = np.pad(grid_hu, [(0, m) for m in margins], constant_values=AIR_HU)
-        blended = self._blend(padded, progress)
+        blended = self._blend(padded, layout, progress)
         z, y, x = grid_hu.shape
         shape = (hu.shape[0], hu.shape[1], hu.shape[2])
         return GridProbability(np.ascontiguousarray(blended[:z, :y, :x]), shape, spacing_mm, self.config.spacing_mm)
 
-    def _blend(self, grid_hu: NDArray[np.float32], progress: Progress) -> NDArray[np.float32]:
+    def _blend(self, grid_hu: NDArray[np.float32], layout: tuple[Axis, ...], progress: Progress) -> NDArray[np.float32]:
         total, weight = np.zeros_like(grid_hu), np.zeros_like(grid_hu)
-        blend = gaussian(self.config.patch)
-        patches = self._patches(grid_hu.shape)
-        for done, place in enumerate(patches, 1):
+        blend = gaussian(tuple(axis.side for axis in layout))
+        starts = [axis.starts(n) for axis, n in zip(layout, grid_hu.shape, strict=True)]
+        patches = list(itertools.product(*starts))
+        for done, corner in enumerate(patches, 1):
+            place = tuple(slice(start, start + axis.side) for start, axis in zip(corner, layout, strict=True))
             if grid_hu[place].max() > EMPTY_HU:
                 total[place] += blend * self._run(grid_hu[place])
             weight[place] += blend
             progress(done, len(patches))
         return total / weight
-
-    def _patches(self, shape: tuple[int, ...]) -> list[tuple[slice, ...]]:
-        starts = [patch_starts(n, p, self.config.overlap) for n, p in zip(shape, self.config.patch, strict=True)]
-        return [
-            tuple(slice(start, start + p) for start, p in zip(corner, self.config.patch, strict=True))
-            for corner in itertools.product(*starts)
-        ]
 
     def _retreat(self, error: Exception) -> None:
         """From a device that failed, most often by its memory, to the CPU; ValueError where it was the CPU."""

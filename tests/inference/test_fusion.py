@@ -39,7 +39,8 @@ def run(hybrid: np.ndarray | None, unet: np.ndarray | None, rule: FusionThreshol
         (0.8, 0.4, False),
         (0.92, 0.1, True),  # the hybrid is sure, mean 0.51
         (0.05, 0.96, True),  # the UNet is sure, mean 0.505
-        (0.0, 0.96, False),  # sure, but the mean 0.48 is no candidate
+        (0.92, 0.05, False),  # sure, but the mean 0.485 is no candidate
+        (0.0, 0.96, True),  # the mean 0.48 is none either, but what the UNet finds needs no help
         (0.55, 0.4, False),  # mean below 0.5
     ],
 )

@@ -14,7 +14,7 @@ from monai.inferers import sliding_window_inference
 from scipy.ndimage import gaussian_filter
 
 from inference.slices import window
-from inference.unet import UNet, UNetConfig, channels, gaussian, patch_starts, resample
+from inference.unet import UNet, UNetConfig, channels, gaussian, patch_layout, resample
 from training.unet import Probability, build_unet, check_parity, export_onnx
 
 CONFIG = UNetConfig(4, patch=(16, 32, 32))
@@ -39,18 +39,35 @@ def scan(shape=(40, 50, 60), seed=0) -> np.ndarray:
 
 
 @pytest.mark.parametrize(
-    ("size", "patch", "starts"),
+    ("shape", "overlap", "starts", "side"),
     [
-        (10, 16, [0]),
-        (16, 16, [0]),
-        (17, 16, [0, 1]),
-        (24, 16, [0, 8]),
-        (40, 16, [0, 8, 16, 24]),
-        (41, 16, [0, 6, 12, 19, 25]),
+        ((16, 32, 32), 0.5, ([0], [0], [0]), (16, 32, 32)),
+        ((10, 3, 20), 0.5, ([0], [0], [0]), (16, 32, 32)),  # never thinner than these
+        # 40 = 16 · (1 + 3 · 0.5) takes four; one of 40 would leave no room for the others' 32 × 32
+        ((40, 32, 32), 0.5, ([0, 8, 16, 24], [0], [0]), (16, 32, 32)),
+        ((41, 32, 32), 0.5, ([0, 6, 12, 19, 25], [0], [0]), (16, 32, 32)),  # a fifth for the last slice
+        ((16, 40, 40), 0.25, ([0], [0, 8], [0, 8]), (16, 32, 32)),
+        ((16, 57, 32), 0.25, ([0], [0, 12, 25], [0]), (16, 32, 32)),
     ],
 )
-def test_patch_positions_by_hand(size, patch, starts) -> None:
-    assert patch_starts(size, patch, 0.5) == starts
+def test_patch_positions_by_hand(shape, overlap, starts, side) -> None:
+    layout = patch_layout(shape, replace(CONFIG, overlap=overlap))
+    assert tuple(axis.side for axis in layout) == side
+    assert tuple(axis.starts(n) for axis, n in zip(layout, shape, strict=True)) == starts
+
+
+def test_a_patch_is_as_long_as_needed_and_fewer_are_longer() -> None:
+    """512×512×100 voxels of 0.8×0.8×3 mm: nnU-Net's 2 × 3 × 3 patches of 96×128×128 would compute 28 million."""
+    config = UNetConfig(overlap=0.25)
+    assert patch_layout((100, 205, 205), config) == ((1, 104), (2, 120), (2, 120))  # 6.0 million; 205 / 1.75 → 118
+    for shape in ((500, 205, 205), (353, 150, 220), (30, 300, 300)):
+        layout = patch_layout(shape, config)
+        assert np.prod([axis.side for axis in layout]) <= np.prod(config.patch)
+        for size, axis in zip(shape, layout, strict=True):
+            assert axis.starts(size)[0] == 0
+            assert axis.starts(size)[-1] + axis.side >= size
+            overlaps = axis.side - np.diff(axis.starts(size))
+            assert (overlaps >= 0.25 * axis.side - 1).all()  # starts are whole voxels
 
 
 def test_gaussian_is_monais() -> None:
@@ -150,7 +167,7 @@ def test_a_device_that_fails_in_the_middle_is_left_for_the_cpu(onnx, caplog) -> 
 
 
 def test_a_network_that_cannot_run_its_patch_is_told(onnx) -> None:
-    unet = UNet(onnx.read_bytes(), replace(CONFIG, patch=(18, 32, 32)))
+    unet = UNet(onnx.read_bytes(), replace(CONFIG, windows_hu=CONFIG.windows_hu[:1]))
     with pytest.raises(ValueError, match="ONNX file cannot be run"):
         unet.probabilities(np.zeros((20, 40, 40), np.int16), (3.0, 2.0, 2.0))
 
