@@ -105,12 +105,13 @@ def patch_layout(shape: tuple[int, ...], config: UNetConfig) -> tuple[Axis, ...]
     nnU-Net pads a scan to its patch and puts as many along an axis as overlap by the share `config.overlap` at least.
     Here a patch is as long as its share of the axis, and where the other axes leave room, fewer and longer ones do.
     """
+    limit = math.prod(_whole(side) for side in config.patch)
     fits = [
         axes
         for axes in itertools.product(
             *(_choices(n, p, config.overlap) for n, p in zip(shape, config.patch, strict=True))
         )
-        if math.prod(axis.side for axis in axes) <= math.prod(config.patch)
+        if math.prod(axis.side for axis in axes) <= limit
     ]
     return min(fits, key=lambda axes: math.prod(axis.patches * axis.side for axis in axes))
 
@@ -118,11 +119,14 @@ def patch_layout(shape: tuple[int, ...], config: UNetConfig) -> tuple[Axis, ...]
 def _choices(size: int, patch: int, overlap: float) -> list[Axis]:
     """From one patch to nnU-Net's number of them, each overlapping the next by its share of `overlap`."""
     most = max(1, math.ceil((size - patch) / (patch * (1 - overlap))) + 1)
-    choices = []
-    for count in range(1, most + 1):
-        needed = math.ceil(size / (1 + (count - 1) * (1 - overlap)))
-        choices.append(Axis(count, STRIDE * math.ceil(max(needed, min(SMALLEST, patch)) / STRIDE)))
-    return choices
+    needed = [math.ceil(size / (1 + (count - 1) * (1 - overlap))) for count in range(1, most + 1)]
+    needed[-1] = min(needed[-1], patch)  # it is no more, but for the last digit of a float
+    return [Axis(count, _whole(max(side, min(SMALLEST, patch)))) for count, side in enumerate(needed, 1)]
+
+
+def _whole(side: int) -> int:
+    """The next multiple of the coarsest level's stride."""
+    return STRIDE * math.ceil(side / STRIDE)
 
 
 def gaussian(patch: tuple[int, ...]) -> NDArray[np.float32]:

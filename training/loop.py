@@ -26,6 +26,7 @@ from lightning_fabric import Fabric
 from lightning_fabric.loggers import TensorBoardLogger
 from lightning_fabric.strategies import DDPStrategy
 from numpy.typing import NDArray
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -123,7 +124,10 @@ def save_weights(network: nn.Module, path: Path, metadata: dict[str, str] | None
 
 def load_weights(network: nn.Module, path: Path) -> None:
     """Fill a network with what `save_weights` wrote of one alike. ValueError where it is not."""
-    state, own = load_file(path), tensors(network)
+    try:
+        state, own = load_file(path), tensors(network)
+    except SafetensorError as error:
+        raise ValueError(f"{path}: cannot be read ({error}): name the safetensors file of a run") from error
     if {name: value.shape for name, value in state.items()} != {name: value.shape for name, value in own.items()}:
         raise ValueError(f"{path}: weights of another network than the settings ask for: give those that made it")
     network.load_state_dict(state, strict=False)  # the other names of a module are filled with it

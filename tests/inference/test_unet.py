@@ -60,6 +60,7 @@ def test_a_patch_is_as_long_as_needed_and_fewer_are_longer() -> None:
     """512×512×100 voxels of 0.8×0.8×3 mm: nnU-Net's 2 × 3 × 3 patches of 96×128×128 would compute 28 million."""
     config = UNetConfig(overlap=0.25)
     assert patch_layout((100, 205, 205), config) == ((1, 104), (2, 120), (2, 120))  # 6.0 million; 205 / 1.75 → 118
+    assert patch_layout((100, 288, 20), replace(config, patch=(100, 160, 20), overlap=0.2))[1] == (2, 160)
     for shape in ((500, 205, 205), (353, 150, 220), (30, 300, 300)):
         layout = patch_layout(shape, config)
         assert np.prod([axis.side for axis in layout]) <= np.prod(config.patch)

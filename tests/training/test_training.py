@@ -96,6 +96,8 @@ def test_a_run_sets_out_from_the_weights_of_another(folder, tmp_path, module) ->
     other = {"norm": "layer"} if module is hybrid_training else {"features": 8}
     with pytest.raises(ValueError, match="weights of another network"):
         module.start(replace(second, **other))
+    with pytest.raises(ValueError, match="name the safetensors file of a run"):
+        module.start(replace(second, weights=first.out / "log.jsonl"))
 
 
 @pytest.mark.parametrize("patch", [(8, 32, 32), (20, 32, 32)])
