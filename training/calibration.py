@@ -6,8 +6,8 @@ First the gate of the slices: a half, or lower, so that it withholds the prompts
 that hold a lesion. Then the rest. What decides is the mean over the cases (both empty counts 1, exactly one
 empty 0, as FLARE grades), less the share of healthy cases with any false voxel beyond `HEALTHY_LIMIT`: the mean Dice at
 first, in the last round that of Dice and NSD, which costs ten times as much. Each network by itself is calibrated
-first. The program uses the fused thresholds only; what the UNet found for itself stays in them, since it speaks alone
-where the hybrid is silent, and since a search over everything at once fits a few dozen cases and no others.
+first. The program uses the fused thresholds only; what the UNet found for itself stays in them, since what it finds
+is a candidate whatever the hybrid says, and since a search over everything at once fits a few dozen cases alone.
 """
 
 from __future__ import annotations
