@@ -58,9 +58,11 @@ class Recorder(Pipeline):
         return self.unet_said
 
 
-def judge(pipeline: Recorder, operating: dict[str, Operating], seed: int, folder: Path) -> dict[str, Any]:
+def judge(
+    pipeline: Recorder, operating: dict[str, Operating], seed: int, healthy: bool, folder: Path
+) -> dict[str, Any]:
     """Dice on one phantom: of the mask that the program writes, and of each network alone."""
-    phantom = make_phantom(seed, healthy=seed < FIRST_SEED + HEALTHY, scanner=scanner(seed))
+    phantom = make_phantom(seed, healthy=healthy, scanner=scanner(seed))
     write_flare(phantom, folder, NAME)
     report = pipeline.run(folder / "imagesTr" / f"{NAME}_0000.nii.gz", folder)
     scores = {"fused": dice(read_mask(folder / f"{NAME}.nii.gz"), phantom.lesions)}
@@ -99,15 +101,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.phantom_accuracy")
     parser.add_argument("--weights", default="small", help="name under weights/, or a folder")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/phantoms.json"), help="JSON to write")
+    parser.add_argument("--first-seed", type=int, default=FIRST_SEED, help="of the phantoms; from 3000 on")
     options = parser.parse_args()
     pipeline = Recorder(find_weights(options.weights))
     operating = operating_points(json.loads((pipeline.manifest.folder / MANIFEST).read_text()))
     with tempfile.TemporaryDirectory() as folder:
-        seeds = tqdm(range(FIRST_SEED, FIRST_SEED + COUNT), unit="scan")
-        cases = [judge(pipeline, operating, seed, Path(folder)) for seed in seeds]
+        cases = [
+            judge(pipeline, operating, options.first_seed + i, i < HEALTHY, Path(folder))
+            for i in tqdm(range(COUNT), unit="scan")
+        ]
     result = {
         "date": datetime.now(UTC).date().isoformat(),
-        "command": "python -m benchmarks.phantom_accuracy",
+        "command": f"python -m benchmarks.phantom_accuracy --first-seed {options.first_seed}",
         "machine": f"{platform.machine()}, CPU",
         "phantom_version": PHANTOM_VERSION,
         **summary(cases),
