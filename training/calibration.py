@@ -37,7 +37,7 @@ WITHHELD = 0.05  # of the slices with a lesion may be taken for free of any
 HEALTHY_LIMIT = 0.05  # of the healthy cases may have a false positive
 ROUNDS = 2  # of the search, one threshold at a time
 STARTS = (0.5, 0.7, 0.9)  # voxel thresholds from which the search sets out, so that an empty mask cannot trap it
-SURE = (0.95, 0.5, 0.7, 0.9, 0.98, 0.99, 1.01)  # above 1: never sure alone
+SURE = (0.95, 0.5, 0.7, 0.9, 0.98, 0.99, 0.995, 0.998, 1.01)  # above 1: never sure alone
 VOXEL = (0.5, 0.3, 0.4, 0.6, 0.7, 0.8, 0.9, 0.95)
 CHOICES: dict[str, tuple[float, ...]] = {
     "scan_threshold": (0.5, 0.0, 0.3, 0.6, 0.7, 0.8, 0.85, 0.9, 0.93, 0.95, 0.97, 0.98, 0.99),

@@ -67,16 +67,16 @@ class HybridTask(Task):
 
     network: Hybrid
 
-    def __init__(self, network: Hybrid, classifier_weight: float) -> None:
+    def __init__(self, network: Hybrid, classifier_weight: float, lesion_weight: float) -> None:
         heads = OrganHeads([2 * network.config.cnn_width, network.config.prompt_dim])
         heads.watch([network.cnn.ups[-2], network.vit.neck])
         super().__init__(network, heads, (1, network.config.slices, IMAGE_SIZE, IMAGE_SIZE))  # one window
-        self.classifier_weight = classifier_weight
+        self.classifier_weight, self.lesion_weight = classifier_weight, lesion_weight
 
     def forward(self, stacks: Stacks, share: float) -> Tensor:
         """Loss of whole slices, or of the CNN alone where they are crops."""
         image, label, organs, known, shown = stacks
-        lesions = annealed_weight(share)
+        lesions = annealed_weight(share, self.lesion_weight)
         if image.shape[-1] < IMAGE_SIZE:
             return mask_loss(self.network.cnn_alone(image), label, lesions) + self.heads.loss(organs)
         output = self.network(image, shown)
@@ -92,7 +92,8 @@ def start(settings: Settings) -> Run:
         load_sam(network, torch.load(settings.sam_checkpoint, weights_only=True, map_location="cpu"))
     if settings.weights:
         load_weights(network, settings.weights)
-    return Run(HybridTask(network, settings.classifier_weight), torch.optim.Adam, settings)
+    task = HybridTask(network, settings.classifier_weight, settings.lesion_weight)
+    return Run(task, torch.optim.Adam, settings)
 
 
 def validate(run: Run, case: SliceCase) -> tuple[float, float]:

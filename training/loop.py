@@ -34,7 +34,7 @@ from tqdm import tqdm
 
 from training.convolution import planar
 from training.cost import metered, size
-from training.losses import total
+from training.losses import LESION_WEIGHT, total
 from training.organs import OrganHeads
 
 WARM_UP = 0.02  # share of the budget
@@ -57,6 +57,7 @@ class Common:
     learning_rate: float = 5e-4
     decay: float = 0.99  # of the averaged weights
     clip: float = 1.0  # of the gradient's norm
+    lesion_weight: float = LESION_WEIGHT  # at first; less where a trained network goes on, which sees lesions already
     validation: int = 12  # cases kept out, of the last patients by name
     validations: int = 7  # checks of the averaged weights, evenly over the budget; the best are kept
     device: Literal["auto", "cpu", "cuda"] = "auto"

@@ -44,9 +44,9 @@ def total(values: Tensor) -> Tensor:
     return all_reduce(values)
 
 
-def annealed_weight(share: float) -> float:
-    """`LESION_WEIGHT` at the start of the budget, 1 at its end: a network that ends there is not biased to lesions."""
-    return float(LESION_WEIGHT ** (1 - share))
+def annealed_weight(share: float, first: float = LESION_WEIGHT) -> float:
+    """`first` at the start of the budget, 1 at its end: a network that ends there is not biased to lesions."""
+    return float(first ** (1 - share))
 
 
 def mask_loss(logits: Tensor, target: Tensor, lesion_weight: float = 1.0) -> Tensor:

@@ -44,7 +44,7 @@ class Settings(Common):
 
 
 class UNetTask(Task):
-    def __init__(self, config: UNetConfig, weights: Path | None) -> None:
+    def __init__(self, config: UNetConfig, weights: Path | None, lesion_weight: float) -> None:
         network = build_unet(config)
         if weights:
             load_weights(network, weights)
@@ -52,17 +52,19 @@ class UNetTask(Task):
         heads = OrganHeads([4 * config.features, 2 * config.features])
         heads.watch(list(network.upsamples)[-3:-1])  # a quarter and half of the resolution
         super().__init__(network, heads, (1, len(config.windows_hu), *config.patch))
+        self.lesion_weight = lesion_weight
 
     def forward(self, patches: Patches, share: float) -> Tensor:
         image, label, organs = patches
         outputs = self.network(image.contiguous(memory_format=torch.channels_last_3d))
-        return supervised_loss(outputs, label, annealed_weight(share)) + self.heads.loss(organs)
+        return supervised_loss(outputs, label, annealed_weight(share, self.lesion_weight)) + self.heads.loss(organs)
 
 
 def start(settings: Settings) -> Run:
     torch.manual_seed(settings.seed)
     optimizer = partial(torch.optim.AdamW, weight_decay=1e-3)
-    return Run(UNetTask(UNetConfig(features=settings.features), settings.weights), optimizer, settings)
+    task = UNetTask(UNetConfig(features=settings.features), settings.weights, settings.lesion_weight)
+    return Run(task, optimizer, settings)
 
 
 def supervised_loss(outputs: Tensor, target: Tensor, weight: float = 1.0) -> Tensor:

@@ -236,6 +236,7 @@ def test_losses_by_hand() -> None:
     heavy = mask_loss(torch.zeros(2), torch.tensor([1.0, 0.0]), 3.0)
     assert heavy - bare == pytest.approx(2 * np.log(2) / 2)  # the lesion's voxel counts twice more in the mean
     assert [annealed_weight(share) for share in (0, 0.5, 1)] == pytest.approx([10, 10**0.5, 1])
+    assert [annealed_weight(share, first=4) for share in (0, 0.5, 1)] == pytest.approx([4, 2, 1])
     wrong = hybrid_loss(sure, torch.tensor([[[10.0, 0.0]]]), torch.ones(1, 1, 2, 2), present)
     assert wrong == pytest.approx(0.1 * 10, abs=1e-3)
 
