@@ -30,9 +30,14 @@ class Depth(Enum):
     KEEP = 2  # 3×3×3 twice, padded: as many planes as before
 
 
-def centre(x: Tensor, depth: int, axis: int = 2) -> Tensor:
-    """The middle `depth` planes along `axis`; maps are (N, C, D, H, W)."""
-    return x.narrow(axis, (x.shape[axis] - depth) // 2, depth)
+def cut_planes(x: Tensor, first: int, count: int) -> Tensor:
+    """Planes of maps (N, C, D, H, W); cut so that the gradient of channels-last maps is channels-last too."""
+    return x if count == x.shape[2] else x.movedim(1, -1).narrow(1, first, count).movedim(-1, 1)
+
+
+def centre(x: Tensor, depth: int) -> Tensor:
+    """The middle `depth` planes of maps (N, C, D, H, W)."""
+    return cut_planes(x, (x.shape[2] - depth) // 2, depth)
 
 
 def plane_mean(x: Tensor) -> Tensor:
@@ -65,7 +70,7 @@ class Conv(nn.Sequential):
             c_in, c_out, (planes, size, size), padding=padding, dilation=(1, dilation, dilation), bias=False
         )
         if norm == "batch":
-            super().__init__(conv, nn.BatchNorm3d(c_out), nn.ReLU())
+            super().__init__(conv, nn.BatchNorm3d(c_out), nn.ReLU(inplace=True))
         else:
             super().__init__(conv, ChannelNorm(c_out), nn.GELU())
 
@@ -101,7 +106,8 @@ class AttentionStem(nn.Module):
         x = self.wide(x) + self.near(x)
         weights = self.channel_gate(plane_mean(x))
         x = x * torch.sigmoid(weights).transpose(1, 2)[..., None, None]
-        summary = torch.cat([channel_mean(x), x.amax(dim=1, keepdim=True)], dim=1)
+        strongest = x.max(dim=1, keepdim=True).values  # `amax` takes three times as long to train
+        summary = torch.cat([channel_mean(x), strongest], dim=1)
         return self.mix(x * torch.sigmoid(self.spatial_gate(summary)))
 
 
@@ -113,7 +119,9 @@ class Down(nn.Module):
         self.convs = double_conv(c_in, c_out, norm, depth)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.convs(F.max_pool3d(x, (1, 2, 2)))
+        n, _, depth, _, _ = x.shape
+        slices = x.transpose(1, 2).flatten(0, 1)  # in 3-D, autocast on a CPU would pool in float32
+        return self.convs(F.max_pool2d(slices, 2).unflatten(0, (n, depth)).transpose(1, 2))
 
 
 class Up(nn.Module):

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .cnn_unet import centre
+from .cnn_unet import centre, cut_planes
 from .config import TOKENS
 from .vision_transformer import ADAPTER_SCALE, Adapter
 
@@ -95,5 +95,6 @@ class Exchange(nn.Module):
         tokens = tokens + self.to_vit(flat, pixels).view(tokens.shape)
         if planes < maps.shape[2]:
             margin = (maps.shape[2] - planes) // 2
-            changed = torch.cat([maps[:, :, :margin], changed, maps[:, :, margin + planes :]], dim=2)
+            margins = [cut_planes(maps, first, margin) for first in (0, margin + planes)]
+            changed = torch.cat([margins[0], changed, margins[1]], dim=2)
         return tokens, changed

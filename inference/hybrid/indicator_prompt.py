@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .cnn_unet import plane_mean
 from .config import IMAGE_SIZE, TOKENS, HybridConfig
 from .sam import Attention, PromptEncoder
 
@@ -74,7 +75,7 @@ class IndicatorPromptEncoder(nn.Module):
         for project, x in zip(self.project, maps, strict=True):
             coarse = F.max_pool2d(x, x.shape[-1] // TOKENS).flatten(2).transpose(1, 2)
             strongest.append(project(coarse).amax(dim=1))
-            average.append(project(x.mean(dim=(2, 3))))
+            average.append(project(plane_mean(x[:, :, None])[:, 0]))
         return torch.stack(strongest, dim=1), torch.stack(average, dim=1)
 
     def _ask(self, prototype: Tensor, attention: Attention, tokens: Tensor) -> Tensor:

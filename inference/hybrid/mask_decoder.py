@@ -49,4 +49,5 @@ class BatchMaskDecoder(MaskDecoder):
         """vector · (W detail + b) = (Wᵀ vector) · detail + b · vector, without projecting a pixel."""
         weights = vector @ self.detail.weight
         bias = vector @ self.detail.bias
-        return torch.einsum("nc,nchw->nhw", weights, detail) + bias[:, None, None]
+        product = detail.movedim(1, -1).flatten(1, 2) @ weights[..., None]
+        return product.unflatten(1, detail.shape[2:])[..., 0] + bias[:, None, None]

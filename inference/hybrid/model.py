@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .cnn_unet import CnnUNet, centre
+from .cnn_unet import CnnUNet
 from .config import LEVELS, HybridConfig
 from .cross_branch import Exchange
 from .indicator_prompt import IndicatorPromptEncoder
@@ -87,7 +87,7 @@ class Hybrid(nn.Module):
         for level in range(LEVELS):
             maps.append(self.cnn.downs[level](maps[-1]))
             planes = targets if self.config.planes_kept else maps[-1].shape[2]
-            flat = centre(tokens, planes, axis=1).flatten(0, 1)
+            flat = tokens.narrow(1, (tokens.shape[1] - planes) // 2, planes).flatten(0, 1)
             flat = self.vit.stage(level, self.vit.embed(flat) if level == 0 else flat)
             tokens = flat.unflatten(0, (len(stack), planes))
             if exchanges:

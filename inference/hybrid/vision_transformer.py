@@ -7,9 +7,10 @@ each MLP follows SAMCT (2024).
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .config import IMAGE_SIZE, LEVELS, PATCH_SIZE, HybridConfig
+from .config import IMAGE_SIZE, LEVELS, PATCH_SIZE, TOKENS, HybridConfig
 from .sam import ImageEncoderViT, MLPBlock
 
 ADAPTER_REDUCTION = 4
@@ -55,8 +56,14 @@ class StagedViT(ImageEncoderViT):
         self.blocks_a_stage = config.vit_depth // LEVELS
 
     def embed(self, slices: Tensor) -> Tensor:
-        """(N, 256, 256) in [0, 1] → tokens (N, 16, 16, width)."""
-        return self.patch_embed(slices[:, None].expand(-1, 3, -1, -1)) + self.pos_embed
+        """(N, 256, 256) in [0, 1] → tokens (N, 16, 16, width).
+
+        SAM's `patch_embed` of three equal colours: one whose weights are their sum. A convolution whose stride is its
+        kernel is a product with patches.
+        """
+        projection = self.patch_embed.proj
+        patches = slices.unflatten(2, (TOKENS, PATCH_SIZE)).unflatten(1, (TOKENS, PATCH_SIZE)).transpose(2, 3)
+        return F.linear(patches.flatten(3), projection.weight.sum(dim=1).flatten(1), projection.bias) + self.pos_embed
 
     def stage(self, level: int, tokens: Tensor) -> Tensor:
         """The blocks up to the exchange of `level` (0 … 3); tokens (N, 16, 16, width) → the same shape."""
