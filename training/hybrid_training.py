@@ -69,7 +69,8 @@ class HybridTask(Task):
 
     def __init__(self, network: Hybrid, classifier_weight: float, lesion_weight: float) -> None:
         heads = OrganHeads([2 * network.config.cnn_width, network.config.prompt_dim])
-        heads.watch([network.cnn.ups[-2], network.vit.neck])
+        last_activation = list(network.cnn.ups[-2].modules())[-1]  # which sees planes as images
+        heads.watch([last_activation, network.vit.neck])
         super().__init__(network, heads, (1, network.config.slices, IMAGE_SIZE, IMAGE_SIZE))  # one window
         self.classifier_weight, self.lesion_weight = classifier_weight, lesion_weight
 

@@ -28,7 +28,7 @@ class OrganHeads(nn.Module):
         self._seen: dict[int, Tensor] = {}
 
     def watch(self, modules: Sequence[nn.Module]) -> None:
-        """Keep what these modules give in each training step, (N, width, d, h, w) or (N·d, width, h, w)."""
+        """Keep what these modules give in each training step, (N, width, d, h, w) or (N·D, width, h, w)."""
         for index, module in enumerate(modules):
             module.register_forward_hook(partial(self._keep, index))
 

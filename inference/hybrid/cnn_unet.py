@@ -1,14 +1,16 @@
 """The U-shaped CNN beside the ViT: detail in the plane and context from neighbouring slices.
 
-Maps are (N, channels, depth, height, width). Convolutions look across slices only where their `Depth` says so; every
-pooling, norm and gate acts, in use, on each slice by itself, so a slice's features do not depend on which stack holds
-it. Source: SAMCancer §2 and SAMCT's CNN encoder (bias-free convolutions, layer norm over channels, GELU). With
-`config.norm` "batch", batch norm and ReLU take the place of layer norm and GELU: a layer norm over the channels takes
-away how strong they all are, and so the HU of every region without an edge.
+Maps are (N, planes, channels, height, width): the planes of all stacks are, without a copy, images of a 2-D network.
+Convolutions look across planes only where their `Depth` says so; every pooling, norm and gate acts, in use, on each
+plane by itself, so a slice's features do not depend on which stack holds it. Source: SAMCancer §2 and SAMCT's CNN
+encoder (bias-free convolutions, layer norm over channels, GELU). With `config.norm` "batch", batch norm and ReLU take
+the place of layer norm and GELU: a layer norm over the channels takes away how strong they all are, and so the HU of
+every region without an edge.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from enum import Enum
 
 import torch
@@ -20,6 +22,7 @@ from .config import LEVELS, HybridConfig, Norm
 
 GATE_REDUCTION = 4
 SPATIAL_GATE_KERNEL = 7
+CHANNELS_LAST, CHANNELS_THIRD = (0, 1, 3, 4, 2), (0, 1, 4, 2, 3)  # orders of axes, one the other's inverse
 
 
 class Depth(Enum):
@@ -31,31 +34,76 @@ class Depth(Enum):
 
 
 def cut_planes(x: Tensor, first: int, count: int) -> Tensor:
-    """Planes of maps (N, C, D, H, W); cut so that the gradient of channels-last maps is channels-last too."""
-    return x if count == x.shape[2] else x.movedim(1, -1).narrow(1, first, count).movedim(-1, 1)
+    """Planes of maps (N, D, C, H, W); like their gradients, they stay channels-last, where a plain slice's do not."""
+    return x if count == x.shape[1] else x.permute(CHANNELS_LAST).narrow(1, first, count).permute(CHANNELS_THIRD)
+
+
+def join(maps: Sequence[Tensor], axis: int) -> Tensor:
+    """Maps (N, D, C, H, W) put together along their planes (1) or channels (2), and still channels-last."""
+    joined = torch.cat([x.permute(CHANNELS_LAST) for x in maps], dim=CHANNELS_LAST.index(axis))
+    return joined.permute(CHANNELS_THIRD)
 
 
 def centre(x: Tensor, depth: int) -> Tensor:
-    """The middle `depth` planes of maps (N, C, D, H, W)."""
-    return cut_planes(x, (x.shape[2] - depth) // 2, depth)
+    """The middle `depth` planes of maps (N, D, C, H, W)."""
+    return cut_planes(x, (x.shape[1] - depth) // 2, depth)
 
 
 def plane_mean(x: Tensor) -> Tensor:
-    """(N, C, D, H, W) → (N, D, C). These two are products of matrices, many times as fast as `mean` in bfloat16."""
-    pixels = x.movedim(1, -1).flatten(2, 3)
-    return (pixels.new_full((1, pixels.shape[2]), 1 / pixels.shape[2]) @ pixels)[:, :, 0]
+    """(N, C, H, W) → (N, C). These two are products of matrices, many times as fast as `mean` in bfloat16."""
+    pixels = x.permute(0, 2, 3, 1).flatten(1, 2)
+    return (pixels.new_full((1, pixels.shape[1]), 1 / pixels.shape[1]) @ pixels)[:, 0]
 
 
 def channel_mean(x: Tensor) -> Tensor:
-    """(N, C, D, H, W) → (N, 1, D, H, W)."""
-    return F.linear(x.movedim(1, -1), x.new_full((1, x.shape[1]), 1 / x.shape[1])).movedim(-1, 1)
+    """(N, C, H, W) → (N, 1, H, W)."""
+    return F.linear(x.permute(0, 2, 3, 1), x.new_full((1, x.shape[1]), 1 / x.shape[1])).permute(0, 3, 1, 2)
 
 
 class ChannelNorm(nn.LayerNorm):
-    """Layer norm over the channels of (N, C, D, H, W); fused where the memory format is channels-last."""
+    """Layer norm over the channels of (N, C, H, W); fused where the memory format is channels-last."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.permute(0, 2, 3, 4, 1)).permute(0, 4, 1, 2, 3)
+        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+class PlaneConv(nn.Conv3d):
+    """`nn.Conv3d` of maps (N, D, C, H, W), as large in the plane as before, computed in 2-D, which is faster.
+
+    Where the kernel is three planes deep, a plane and its neighbours are three times the channels of one image.
+    """
+
+    def __init__(self, c_in: int, c_out: int, size: int, dilation: int, depth: Depth, bias: bool = False) -> None:
+        self.planes, self.margin = 1 if depth is Depth.NONE else 3, 1 if depth is Depth.KEEP else 0
+        padding, dilations = (self.margin, *(dilation * (size // 2),) * 2), (1, dilation, dilation)
+        super().__init__(c_in, c_out, (self.planes, size, size), 1, padding, dilations, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight, depth = self.weight, x.shape[1] + 2 * self.margin - self.planes + 1
+        if self.margin:
+            x = F.pad(x, (0, 0, 0, 0, 0, 0, self.margin, self.margin))
+        if self.planes > 1:
+            x = join([cut_planes(x, first, depth) for first in range(self.planes)], 2)
+            weight = weight.transpose(1, 2)
+        weight = weight.reshape(len(weight), -1, *self.kernel_size[1:])
+        out = F.conv2d(x.flatten(0, 1), weight, self.bias, 1, self.padding[1:], self.dilation[1:])
+        return out.unflatten(0, (len(x), depth))
+
+
+class PlaneUp(nn.ConvTranspose3d):
+    """`nn.ConvTranspose3d` of maps (N, D, C, H, W) by 2 in the plane: a product that makes 2×2 pixels of each."""
+
+    def __init__(self, c_in: int, c_out: int) -> None:
+        super().__init__(c_in, c_out, (1, 2, 2), stride=(1, 2, 2))
+
+    def forward(self, x: Tensor, output_size: list[int] | None = None) -> Tensor:
+        assert output_size is None
+        n, depth, _, height, width = x.shape
+        pixels = x.flatten(0, 1).permute(0, 2, 3, 1)
+        bias = None if self.bias is None else self.bias.repeat_interleave(4)
+        blocks = F.linear(pixels, self.weight.flatten(1).T, bias).unflatten(-1, (-1, 2, 2))  # N·D, H, W, C, 2, 2
+        out = blocks.permute(0, 1, 4, 2, 5, 3).reshape(n, depth, 2 * height, 2 * width, -1)
+        return out.permute(CHANNELS_THIRD)
 
 
 class Conv(nn.Sequential):
@@ -64,21 +112,22 @@ class Conv(nn.Sequential):
     def __init__(
         self, c_in: int, c_out: int, norm: Norm, size: int = 3, dilation: int = 1, depth: Depth = Depth.NONE
     ) -> None:
-        planes = 1 if depth is Depth.NONE else 3
-        padding = (1 if depth is Depth.KEEP else 0, dilation * (size // 2), dilation * (size // 2))
-        conv = nn.Conv3d(
-            c_in, c_out, (planes, size, size), padding=padding, dilation=(1, dilation, dilation), bias=False
-        )
+        conv = PlaneConv(c_in, c_out, size, dilation, depth)
         if norm == "batch":
-            super().__init__(conv, nn.BatchNorm3d(c_out), nn.ReLU(inplace=True))
+            super().__init__(conv, nn.BatchNorm2d(c_out), nn.ReLU(inplace=True))
         else:
             super().__init__(conv, ChannelNorm(c_out), nn.GELU())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, D, C, H, W) → the same."""
+        x = self[0](x)
+        return self[2](self[1](x.flatten(0, 1))).unflatten(0, x.shape[:2])
 
 
 def fold_batch_norms(model: nn.Module) -> None:
     """Put every batch norm of a model that will not be trained into the convolution before it: the same result."""
     for conv in model.modules():
-        if isinstance(conv, Conv) and isinstance(conv[0], nn.Conv3d) and isinstance(conv[1], nn.BatchNorm3d):
+        if isinstance(conv, Conv) and isinstance(conv[0], nn.Conv3d) and isinstance(conv[1], nn.BatchNorm2d):
             conv[0], conv[1] = fuse_conv_bn_eval(conv[0], conv[1]), nn.Identity()
 
 
@@ -96,19 +145,19 @@ class AttentionStem(nn.Module):
         self.near = Conv(1, channels, norm, size=5, depth=depth)
         hidden = max(channels // GATE_REDUCTION, 4)
         self.channel_gate = nn.Sequential(nn.Linear(channels, hidden), nn.GELU(), nn.Linear(hidden, channels))
-        self.spatial_gate = nn.Conv3d(
-            2, 1, (1, SPATIAL_GATE_KERNEL, SPATIAL_GATE_KERNEL), padding=(0, *(SPATIAL_GATE_KERNEL // 2,) * 2)
-        )
+        self.spatial_gate = PlaneConv(2, 1, SPATIAL_GATE_KERNEL, 1, Depth.NONE, bias=True)
         self.mix = Conv(channels, channels, norm, depth=depth)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, 1, D, H, W) → (N, C, D, H, W)."""
+        """(N, D, 1, H, W) → (N, D, C, H, W)."""
         x = self.wide(x) + self.near(x)
-        weights = self.channel_gate(plane_mean(x))
-        x = x * torch.sigmoid(weights).transpose(1, 2)[..., None, None]
+        stack = x.shape[:2]
+        x = x.flatten(0, 1)
+        x = x * torch.sigmoid(self.channel_gate(plane_mean(x)))[..., None, None]
         strongest = x.max(dim=1, keepdim=True).values  # `amax` takes three times as long to train
         summary = torch.cat([channel_mean(x), strongest], dim=1)
-        return self.mix(x * torch.sigmoid(self.spatial_gate(summary)))
+        gate = torch.sigmoid(self.spatial_gate(summary.unflatten(0, stack)))
+        return self.mix(x.unflatten(0, stack) * gate)
 
 
 class Down(nn.Module):
@@ -119,9 +168,7 @@ class Down(nn.Module):
         self.convs = double_conv(c_in, c_out, norm, depth)
 
     def forward(self, x: Tensor) -> Tensor:
-        n, _, depth, _, _ = x.shape
-        slices = x.transpose(1, 2).flatten(0, 1)  # in 3-D, autocast on a CPU would pool in float32
-        return self.convs(F.max_pool2d(slices, 2).unflatten(0, (n, depth)).transpose(1, 2))
+        return self.convs(F.max_pool2d(x.flatten(0, 1), 2).unflatten(0, x.shape[:2]))
 
 
 class Up(nn.Module):
@@ -129,12 +176,12 @@ class Up(nn.Module):
 
     def __init__(self, c_in: int, c_out: int, norm: Norm, depth: Depth) -> None:
         super().__init__()
-        self.upsample = nn.ConvTranspose3d(c_in, c_out, (1, 2, 2), stride=(1, 2, 2))
+        self.upsample = PlaneUp(c_in, c_out)
         self.convs = double_conv(2 * c_out, c_out, norm, depth)
 
     def forward(self, x: Tensor, skip: Tensor) -> Tensor:
         x = self.upsample(x)
-        return self.convs(torch.cat([x, centre(skip, x.shape[2])], dim=1))
+        return self.convs(join([x, centre(skip, x.shape[1])], 2))
 
 
 class CnnUNet(nn.Module):

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .cnn_unet import centre, cut_planes
+from .cnn_unet import centre, cut_planes, join
 from .config import TOKENS
 from .vision_transformer import ADAPTER_SCALE, Adapter
 
@@ -85,16 +85,16 @@ class Exchange(nn.Module):
         self.to_cnn = VitToCnn(width, channels)
 
     def forward(self, tokens: Tensor, maps: Tensor) -> tuple[Tensor, Tensor]:
-        """Tokens (N, S, 16, 16, E) and maps (N, C, D ≥ S, H, W), whose middle S planes take part → both, changed."""
+        """Tokens (N, S, 16, 16, E) and maps (N, D ≥ S, C, H, W), whose middle S planes take part → both, changed."""
         n, planes, _, _, width = tokens.shape
         middle = centre(maps, planes)
-        pixels = windows(middle.permute(0, 2, 3, 4, 1).flatten(0, 1))
+        pixels = windows(middle.flatten(0, 1).permute(0, 2, 3, 1))
         flat = tokens.reshape(n * planes, TOKENS**2, width)
-        gate = unwindow(self.to_cnn(flat, pixels)).view(n, 1, planes, *maps.shape[3:])
+        gate = unwindow(self.to_cnn(flat, pixels)).view(n, planes, 1, *maps.shape[3:])
         changed = middle + middle * gate
         tokens = tokens + self.to_vit(flat, pixels).view(tokens.shape)
-        if planes < maps.shape[2]:
-            margin = (maps.shape[2] - planes) // 2
-            margins = [cut_planes(maps, first, margin) for first in (0, margin + planes)]
-            changed = torch.cat([margins[0], changed, margins[1]], dim=2)
+        if planes < maps.shape[1]:
+            margin = (maps.shape[1] - planes) // 2
+            before, after = (cut_planes(maps, first, margin) for first in (0, margin + planes))
+            changed = join([before, changed, after], 1)
         return tokens, changed

@@ -75,7 +75,7 @@ class IndicatorPromptEncoder(nn.Module):
         for project, x in zip(self.project, maps, strict=True):
             coarse = F.max_pool2d(x, x.shape[-1] // TOKENS).flatten(2).transpose(1, 2)
             strongest.append(project(coarse).amax(dim=1))
-            average.append(project(plane_mean(x[:, :, None])[:, 0]))
+            average.append(project(plane_mean(x)))
         return torch.stack(strongest, dim=1), torch.stack(average, dim=1)
 
     def _ask(self, prototype: Tensor, attention: Attention, tokens: Tensor) -> Tensor:

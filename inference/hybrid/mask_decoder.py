@@ -49,5 +49,5 @@ class BatchMaskDecoder(MaskDecoder):
         """vector · (W detail + b) = (Wᵀ vector) · detail + b · vector, without projecting a pixel."""
         weights = vector @ self.detail.weight
         bias = vector @ self.detail.bias
-        product = detail.movedim(1, -1).flatten(1, 2) @ weights[..., None]
+        product = detail.permute(0, 2, 3, 1).flatten(1, 2) @ weights[..., None]
         return product.unflatten(1, detail.shape[2:])[..., 0] + bias[:, None, None]

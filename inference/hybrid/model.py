@@ -49,7 +49,7 @@ class Hybrid(nn.Module):
         """
         targets = self._targets(stack)
         image, maps = self._encode(stack, targets)
-        decoded = [self._slices(x) for x in self.cnn.decode(maps, targets)]
+        decoded = [x.flatten(0, 1) for x in self.cnn.decode(maps, targets)]
         if not self.config.vit:
             image = torch.zeros_like(image)
         if not self.config.cnn:
@@ -65,10 +65,10 @@ class Hybrid(nn.Module):
 
         What the mask decoder starts from (see `_initialise`): its linear head on the CNN's finest map.
         """
-        maps = [self.cnn.stem(stack[:, None])]
+        maps = [self.cnn.stem(stack[:, :, None])]
         for down in self.cnn.downs:
             maps.append(down(maps[-1]))
-        detail = self._slices(self.cnn.decode(maps, self._targets(stack))[-1])
+        detail = self.cnn.decode(maps, self._targets(stack))[-1].flatten(0, 1)
         start = torch.ones_like(self.mask_decoder.detail.bias).expand(len(detail), -1)
         return self.mask_decoder.fine(start, detail).unflatten(0, (len(stack), -1))
 
@@ -81,23 +81,18 @@ class Hybrid(nn.Module):
 
     def _encode(self, stack: Tensor, targets: int) -> tuple[Tensor, list[Tensor]]:
         """Both encoders with their exchanges → image embedding (N·S, dim, 16, 16) and the CNN's five maps."""
-        maps = [self.cnn.stem(stack[:, None])]
+        maps = [self.cnn.stem(stack[:, :, None])]
         exchanges = self.config.exchanges and self.config.vit and self.config.cnn
         tokens = stack  # (N, planes, 256, 256), from the first stage on (N, planes, 16, 16, E)
         for level in range(LEVELS):
             maps.append(self.cnn.downs[level](maps[-1]))
-            planes = targets if self.config.planes_kept else maps[-1].shape[2]
+            planes = targets if self.config.planes_kept else maps[-1].shape[1]
             flat = tokens.narrow(1, (tokens.shape[1] - planes) // 2, planes).flatten(0, 1)
             flat = self.vit.stage(level, self.vit.embed(flat) if level == 0 else flat)
             tokens = flat.unflatten(0, (len(stack), planes))
             if exchanges:
                 tokens, maps[-1] = self.exchanges[level](tokens, maps[-1])
         return self.vit.finish(tokens.flatten(0, 1)), maps
-
-    @staticmethod
-    def _slices(x: Tensor) -> Tensor:
-        """(N, C, S, H, W) → (N·S, C, H, W)."""
-        return x.transpose(1, 2).flatten(0, 1)
 
     def _initialise(self) -> None:
         """He initialisation of the convolutions (SAMCancer Table 2); linear layers keep torch's own.

@@ -63,14 +63,14 @@ def test_batch_norms_load_folded_and_the_slices_gate_as_the_manifest_says(weight
     config = replace(read_manifest(weights).hybrid, norm="batch")
     trained = Hybrid(config)
     for module in trained.modules():
-        if isinstance(module, torch.nn.BatchNorm3d):
+        if isinstance(module, torch.nn.BatchNorm2d):
             module.running_var.fill_(1e5)  # which float16 cannot hold
             module.weight.data.fill_(300.0)
     recipe = Recipe("batch", config, unet=read_manifest(weights).unet, gate=Gate(0.0, slice_threshold=0.25))
     release(trained.state_dict(), (weights / "unet.onnx").read_bytes(), recipe, tmp_path / "batch")
     loaded = load_hybrid(read_manifest(tmp_path / "batch"))
     assert loaded.prompt_encoder.presence_threshold == 0.25
-    assert not any(isinstance(module, torch.nn.BatchNorm3d) for module in loaded.modules())
+    assert not any(isinstance(module, torch.nn.BatchNorm2d) for module in loaded.modules())
     stack = torch.rand(1, 6, 256, 256)
     present = torch.ones(1, 2, dtype=torch.bool)
     exact, found = trained.eval()(stack, present).logits, loaded(stack, present).logits

@@ -4,7 +4,18 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from inference.hybrid.cnn_unet import AttentionStem, Conv, Depth, channel_mean, fold_batch_norms, plane_mean
+from inference.hybrid.cnn_unet import (
+    AttentionStem,
+    Conv,
+    Depth,
+    PlaneConv,
+    PlaneUp,
+    channel_mean,
+    cut_planes,
+    fold_batch_norms,
+    join,
+    plane_mean,
+)
 from inference.hybrid.config import HybridConfig
 from inference.hybrid.cross_branch import HEADS, CnnToVit, VitToCnn, unwindow, windows
 from inference.hybrid.mask_decoder import BatchMaskDecoder
@@ -75,11 +86,44 @@ def test_mask_decoder_treats_each_slice_by_itself() -> None:
         torch.testing.assert_close(together[i : i + 1], alone, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last_3d])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 def test_means_as_products_are_means(memory_format: torch.memory_format) -> None:
-    x = torch.randn(2, 6, 3, 5, 7, dtype=torch.float64).to(memory_format=memory_format)
-    torch.testing.assert_close(plane_mean(x), x.mean(dim=(3, 4)).transpose(1, 2))
+    x = torch.randn(2, 6, 5, 7, dtype=torch.float64).to(memory_format=memory_format)
+    torch.testing.assert_close(plane_mean(x), x.mean(dim=(2, 3)))
     torch.testing.assert_close(channel_mean(x), x.mean(dim=1, keepdim=True))
+
+
+@pytest.mark.parametrize(("size", "dilation", "depth"), [(3, 1, Depth.NONE), (3, 3, Depth.SHRINK), (5, 1, Depth.KEEP)])
+def test_planes_are_convolved_as_in_3d(size: int, dilation: int, depth: Depth) -> None:
+    torch.manual_seed(0)
+    layer = PlaneConv(3, 4, size, dilation, depth, bias=True).double()
+    x = torch.randn(2, 5, 3, 12, 9, dtype=torch.float64)
+    torch.testing.assert_close(layer(x).transpose(1, 2), torch.nn.Conv3d.forward(layer, x.transpose(1, 2)))
+
+
+def test_planes_are_doubled_as_in_3d() -> None:
+    torch.manual_seed(0)
+    layer = PlaneUp(6, 4).double()
+    x = torch.randn(2, 3, 6, 4, 5, dtype=torch.float64)
+    torch.testing.assert_close(layer(x).transpose(1, 2), torch.nn.ConvTranspose3d.forward(layer, x.transpose(1, 2)))
+
+
+def test_cut_planes_have_the_gradient_of_a_cut_in_their_own_layout() -> None:
+    maps = torch.randn(5, 6, 3, 7).to(memory_format=torch.channels_last)[None].requires_grad_()
+    cut = cut_planes(maps, 1, 2)
+    torch.testing.assert_close(cut, maps[:, 1:3])
+    (gradient,) = torch.autograd.grad((cut**2).sum(), maps)
+    torch.testing.assert_close(gradient[:, 1:3], 2 * maps[:, 1:3])
+    assert not gradient[:, [0, 3, 4]].any()
+    assert gradient[0].is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("axis", [1, 2])
+def test_joined_maps_stay_channels_last(axis: int) -> None:
+    maps = [torch.randn(5, 6, 3, 7).to(memory_format=torch.channels_last)[None] for _ in range(2)]
+    joined = join(maps, axis)
+    torch.testing.assert_close(joined, torch.cat(maps, dim=axis))
+    assert joined[0].is_contiguous(memory_format=torch.channels_last)
 
 
 def test_batch_norm_keeps_the_hu_of_flat_regions_and_layer_norm_does_not() -> None:
@@ -98,9 +142,9 @@ def test_folded_batch_norms_change_nothing() -> None:
     torch.manual_seed(0)
     model = torch.nn.Sequential(Conv(3, 5, "batch"), Conv(5, 4, "batch", depth=Depth.SHRINK)).double()
     for _ in range(3):
-        model(torch.randn(2, 3, 5, 8, 8, dtype=torch.float64) * 4 + 1)  # statistics other than 0 and 1
-    x = torch.randn(2, 3, 5, 8, 8, dtype=torch.float64)
+        model(torch.randn(2, 5, 3, 8, 8, dtype=torch.float64) * 4 + 1)  # statistics other than 0 and 1
+    x = torch.randn(2, 5, 3, 8, 8, dtype=torch.float64)
     before = model.eval()(x)
     fold_batch_norms(model)
-    assert not any(isinstance(module, torch.nn.BatchNorm3d) for module in model.modules())
+    assert not any(isinstance(module, torch.nn.BatchNorm2d) for module in model.modules())
     torch.testing.assert_close(model(x), before, rtol=0, atol=1e-12)
