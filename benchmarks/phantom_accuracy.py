@@ -27,7 +27,7 @@ from training.data import load_case, read_folder
 from training.losses import dice
 from training.phantom import PHANTOM_VERSION, Scanner, make_phantom, write_flare
 
-FIRST_SEED, COUNT, HEALTHY = 3000, 20, 5  # seeds from 3000 on are never trained or calibrated on
+FIRST_SEED, COUNT, HEALTHY = 3000, 20, 5  # seeds from 3000 to 3999 are never trained or calibrated on
 NAME = "phantom"
 
 
@@ -101,7 +101,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.phantom_accuracy")
     parser.add_argument("--weights", default="small", help="name under weights/, or a folder")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/phantoms.json"), help="JSON to write")
-    parser.add_argument("--first-seed", type=int, default=FIRST_SEED, help="of the phantoms; from 3000 on")
+    parser.add_argument("--first-seed", type=int, default=FIRST_SEED, help="of the phantoms; 3000 to 3980")
     options = parser.parse_args()
     pipeline = Recorder(find_weights(options.weights))
     operating = operating_points(json.loads((pipeline.manifest.folder / MANIFEST).read_text()))

@@ -48,7 +48,7 @@ CHOICES: dict[str, tuple[float, ...]] = {
     "sure_hybrid": SURE,
     "sure_unet": SURE,
     "unet_voxel": VOXEL,
-    "min_volume_ml": (0.0, 0.05, 0.1, 0.2, 0.5, 1.0),
+    "min_volume_ml": (0.0, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 4.0),
 }
 SEARCHED: dict[str, tuple[str, ...]] = {  # by which network speaks; the thresholds that matter then
     "hybrid": ("scan_threshold", "voxel", "sure_hybrid", "min_volume_ml"),
