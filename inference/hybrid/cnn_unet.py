@@ -68,7 +68,7 @@ class ChannelNorm(nn.LayerNorm):
 
 
 class PlaneConv(nn.Conv3d):
-    """`nn.Conv3d` of maps (N, D, C, H, W), as large in the plane as before, computed in 2-D, which is faster.
+    """`nn.Conv3d` of maps (N, D, C, H, W), as large in the plane as before, computed in 2-D.
 
     Where the kernel is three planes deep, a plane and its neighbours are three times the channels of one image.
     """
