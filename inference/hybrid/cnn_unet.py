@@ -154,7 +154,7 @@ class AttentionStem(nn.Module):
         stack = x.shape[:2]
         x = x.flatten(0, 1)
         x = x * torch.sigmoid(self.channel_gate(plane_mean(x)))[..., None, None]
-        strongest = x.max(dim=1, keepdim=True).values  # `amax` takes three times as long to train
+        strongest = x.max(dim=1, keepdim=True).values  # the gradient of `amax` shares out ties, and is slower
         summary = torch.cat([channel_mean(x), strongest], dim=1)
         gate = torch.sigmoid(self.spatial_gate(summary.unflatten(0, stack)))
         return self.mix(x.unflatten(0, stack) * gate)

@@ -1,7 +1,7 @@
 #!/bin/sh
 # Weights like those that ship, `small` (whose own runs the log tells): both networks on phantoms, two cores, no GPU.
 #
-#     sh training/recipes/small.sh WORK [DATA]     # four and a half hours; called again, it goes on where it stopped
+#     sh training/recipes/small.sh WORK [DATA]     # about four and a half hours, the sum of its parts; called again, it goes on where it stopped
 #
 # DATA, a folder with sarcoma scans as sts.py reads it, adds those. WORK/weights is then a folder for
 # `sh predict.sh --weights WORK/weights IN OUT`.
