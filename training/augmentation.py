@@ -43,9 +43,13 @@ class InPlane:
         x, y = (-1.0 if f else 1.0 for f in self.flip)
         return torch.tensor([[cos * x, -sin * y, 2 * self.shift[0]], [sin * x, cos * y, 2 * self.shift[1]]])
 
-    def __call__(self, image: Tensor, mode: str = "bilinear") -> Tensor:
-        """(D, H, W) → the same shape; what comes from outside is 0."""
-        grid = F.affine_grid(self.matrix()[None], [1, *image.shape], align_corners=False)
+    def __call__(self, image: Tensor, mode: str = "bilinear", margin: int = 0) -> Tensor:
+        """(D, H, W), a square → the same without `margin` pixels at each side; what comes from outside is 0."""
+        depth, side, width = image.shape
+        assert side == width
+        matrix, kept = self.matrix(), side - 2 * margin
+        matrix[:, :2] *= kept / side
+        grid = F.affine_grid(matrix[None], [1, depth, kept, kept], align_corners=False)
         return F.grid_sample(image[None], grid, mode=mode, align_corners=False)[0]
 
 
@@ -68,6 +72,7 @@ class RandomInPlane:
     rotation: float = 0.35
     scale: float = 0.25
     shift: float = 0.08
+    upside_down: float = 0.2  # share that is flipped front to back; of left to right it is half
 
     def draw(self, rng: np.random.Generator) -> InPlane:
         shift = rng.uniform(-self.shift, self.shift, 2)
@@ -75,5 +80,5 @@ class RandomInPlane:
             float(rng.uniform(-self.rotation, self.rotation)),
             float(np.exp(rng.uniform(-self.scale, self.scale))),
             (float(shift[0]), float(shift[1])),
-            (bool(rng.random() < 0.5), bool(rng.random() < 0.2)),
+            (bool(rng.random() < 0.5), bool(rng.random() < self.upside_down)),
         )

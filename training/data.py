@@ -44,6 +44,11 @@ class Entry:
     patient: str = ""
 
     @property
+    def source(self) -> Path:
+        """FLARE folder that it is read from."""
+        return self.scan.parent.parent
+
+    @property
     def complete(self) -> bool:
         """Whether what its label leaves out is known to be free of lesions."""
         return self.healthy or self.annotated == "complete"
@@ -90,7 +95,8 @@ def read_folder(folder: Path) -> list[Entry]:
 def split(folders: tuple[Path, ...], validation: int) -> tuple[list[Entry], list[Entry]]:
     """Cases to train and to validate on: at least so many of the latter, the last patients by name of each folder.
 
-    Only cases that teach something. ValueError where a folder has no other patient left to train on.
+    Only cases that teach something. A folder of one patient keeps none. ValueError where one of several has too few
+    patients, or where none is kept.
     """
     training: list[Entry] = []
     held_out: list[Entry] = []
@@ -100,12 +106,14 @@ def split(folders: tuple[Path, ...], validation: int) -> tuple[list[Entry], list
         for entry in entries:
             patients[entry.patient or entry.name] += 1
         kept: set[str] = set()
-        while sum(patients[name] for name in kept) < -(-validation // len(folders)):
+        while len(patients) > 1 and sum(patients[name] for name in kept) < -(-validation // len(folders)):
             if len(kept) + 1 >= len(patients):
                 raise ValueError(f"{folder}: {len(entries)} cases are too few to keep {validation} for validation")
             kept.add(list(patients)[-1 - len(kept)])
         training += [entry for entry in entries if (entry.patient or entry.name) not in kept]
         held_out += [entry for entry in entries if (entry.patient or entry.name) in kept]
+    if not held_out:
+        raise ValueError(f"{folders[0]}: one patient cannot be trained and validated on: add scans of others")
     return training, held_out
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,6 +16,7 @@ from inference.slices import LUNG_WINDOW_HU, TISSUE_WINDOW_HU, Plane, Resize, Sl
 from training.augmentation import RandomInPlane, RandomIntensity
 from training.cache import Arrays, prepare
 from training.data import Case, Entry
+from training.sources import Sources
 
 LESION, LESION_FREE, HEALTHY = "lesion", "lesion_free", "healthy"
 SHARES = {LESION: 0.5, LESION_FREE: 0.25, HEALTHY: 0.25}
@@ -29,10 +29,11 @@ SHOWN_ANYWAY = 0.5  # of the slices without a lesion: the classifier errs, and t
 class SliceCase:
     """uint8 (slices, 256, 256), memory-mapped: tissue and lung 0 … 255 over their windows, label {0, 1}, organs.
 
-    lesion_slices: indices; known: bool (slices,), whether an annotator said if a lesion is present.
+    lesion_slices: indices; known: bool (slices,), whether an annotator said if a lesion is present. source: its FLARE
+    folder.
     """
 
-    name: str
+    source: Path
     tissue: NDArray[np.uint8]
     lung: NDArray[np.uint8]
     label: NDArray[np.uint8]
@@ -65,7 +66,12 @@ def cut_case(case: Case, plane: Plane, resize: Resize) -> Arrays:
 def slice_cases(entries: list[Entry], cache: Path, plane: Plane, resize: Resize, jobs: int = 1) -> list[SliceCase]:
     """Every case in slices, cut once; what the cache holds already is reused."""
     made = prepare(entries, cache / f"{plane}_{resize}", partial(cut_case, plane=plane, resize=resize), jobs)
-    return [SliceCase(entry.name, **arrays, lesion_type=entry.lesion_type) for entry, arrays in made]
+    return [SliceCase(entry.source, **arrays, lesion_type=entry.lesion_type) for entry, arrays in made]
+
+
+def lesion_or_healthy(case: SliceCase) -> bool:
+    """Whether it holds a lesion, or an annotator said that it holds none."""
+    return bool(len(case.lesion_slices) or case.known.all())
 
 
 class Stacks(NamedTuple):
@@ -73,7 +79,8 @@ class Stacks(NamedTuple):
 
     image: float (N, S + 2·radius, H, W) in [0, 1]; label: float {0, 1} and organs: uint8, both (N, S, H, W);
     known: bool (N, S), whether the label tells if a lesion is present; shown: bool (N, S), whether positive prompts
-    are given: where there is a lesion, and in a share of the other slices.
+    are given: where there is a lesion, and in a share of the other slices; source: the folder that each comes from,
+    one-hot (N, folders).
     """
 
     image: Tensor
@@ -81,33 +88,44 @@ class Stacks(NamedTuple):
     organs: Tensor
     known: Tensor
     shown: Tensor
+    source: Tensor
 
 
 class StackSampler:
-    """Draws stacks of `targets` slices with their neighbours: lesion, lesion-free and healthy ones in fixed shares."""
+    """Draws stacks of `targets` slices with their neighbours: lesion, lesion-free and healthy ones in fixed shares.
 
-    def __init__(self, cases: list[SliceCase], targets: int, radius: int, seed: int) -> None:
-        self.with_lesion = [case for case in cases if len(case.lesion_slices)]
-        self.healthy = [case for case in cases if not len(case.lesion_slices) and case.known.all()]
-        if not self.with_lesion:
+    So are the folders, and in each of them the three kinds.
+    """
+
+    def __init__(
+        self, cases: list[SliceCase], targets: int, radius: int, seed: int, shares: tuple[float, ...] = ()
+    ) -> None:
+        """shares: as `Sources`'."""
+        self.sources = Sources(filter(lesion_or_healthy, cases), shares)
+        groups = self.sources.groups
+        self.with_lesion = [[case for case in group if len(case.lesion_slices)] for group in groups]
+        self.healthy = [[case for case in group if not len(case.lesion_slices)] for group in groups]
+        if not any(self.with_lesion):
             raise ValueError("no case has a lesion: nothing can be learnt")
         self.targets, self.radius, self.seed = targets, radius, seed
         self.intensity, self.in_plane = RandomIntensity(), RandomInPlane()
 
-    def batch(self, step: int, members: Iterable[int], crop: int = 0) -> Stacks:
+    def batch(self, step: int, members: range, crop: int = 0) -> Stacks:
         """Members of the batch of a step: the same ones whenever, and by whichever process, they are asked for.
 
-        crop: pixels a side to cut out of the 256, around a lesion where there is one; 0 for whole slices.
+        members: of `members.stop` in all. crop: pixels a side to cut out of the 256, around a lesion where there is
+        one; 0 for whole slices.
         """
-        drawn = [self._member(np.random.default_rng((self.seed, step, member)), crop) for member in members]
+        drawn = [self._member(step, member, members.stop, crop) for member in members]
         return Stacks(*(torch.stack(parts) for parts in zip(*drawn, strict=True)))
 
-    def _member(self, rng: np.random.Generator, crop: int) -> Stacks:
-        stack = self._stack(rng)
+    def _member(self, step: int, member: int, batch: int, crop: int) -> Stacks:
+        rng = np.random.default_rng((self.seed, step, member))
+        stack = self._stack(rng, self.sources.draw(rng, member, batch))
         return self._crop(rng, stack, crop) if crop else stack
 
-    def _stack(self, rng: np.random.Generator) -> Stacks:
-        case, start = self._place(rng)
+    def _stack(self, rng: np.random.Generator, source: int) -> Stacks:
+        case, start = self._place(rng, source)
         around = np.clip(np.arange(start - self.radius, start + self.targets + self.radius), 0, len(case) - 1)
         images = case.lung if case.lesion_type == LUNG and rng.random() < 0.5 else case.tissue
         image = torch.from_numpy(images[around]).float() / 255
@@ -118,7 +136,7 @@ class StackSampler:
         present = label.flatten(1).any(dim=1)
         shown = present | torch.from_numpy(rng.random(self.targets) < SHOWN_ANYWAY)
         known = torch.from_numpy(case.known[targets])
-        return Stacks(image, label, move(organs, "nearest").byte(), known, shown)
+        return Stacks(image, label, move(organs, "nearest").byte(), known, shown, self.sources.one_hot(source))
 
     def _crop(self, rng: np.random.Generator, stack: Stacks, side: int) -> Stacks:
         image, label = stack.image, stack.label
@@ -133,12 +151,13 @@ class StackSampler:
         part = (slice(None), slice(row, row + side), slice(column, column + side))
         return stack._replace(image=image[part], label=label[part], organs=stack.organs[part])
 
-    def _place(self, rng: np.random.Generator) -> tuple[SliceCase, int]:
-        """A case and the first target slice in it."""
+    def _place(self, rng: np.random.Generator, source: int) -> tuple[SliceCase, int]:
+        """A case of the folder and the first target slice in it."""
         kind = rng.choice(list(SHARES), p=list(SHARES.values()))
-        cases = self.healthy if kind == HEALTHY and self.healthy else self.with_lesion
+        with_lesion, healthy = self.with_lesion[source], self.healthy[source]
+        cases = healthy if (kind == HEALTHY and healthy) or not with_lesion else with_lesion
         case = cases[rng.integers(len(cases))]
-        if kind == LESION:
+        if kind == LESION and len(case.lesion_slices):
             first = int(rng.choice(case.lesion_slices)) - int(rng.integers(self.targets))
         else:
             first = int(rng.integers(len(case)))

@@ -27,6 +27,7 @@ from training.loop import Common, Run, Task, load_weights, save_weights, train
 from training.losses import CLASSIFIER_WEIGHT, annealed_weight, dice, hybrid_loss, mask_loss
 from training.organs import OrganHeads
 from training.sam_checkpoint import load_sam
+from training.sources import scores_by_source
 from training.unet import CONFIG
 
 VALIDATION_STACK = 16  # slices
@@ -76,13 +77,14 @@ class HybridTask(Task):
 
     def forward(self, stacks: Stacks, share: float) -> Tensor:
         """Loss of whole slices, or of the CNN alone where they are crops."""
-        image, label, organs, known, shown = stacks
+        image, label, organs, known, shown, source = stacks
         lesions = annealed_weight(share, self.lesion_weight)
         if image.shape[-1] < IMAGE_SIZE:
-            return mask_loss(self.network.cnn_alone(image), label, lesions) + self.heads.loss(organs)
+            return mask_loss(self.network.cnn_alone(image), label, lesions, source) + self.heads.loss(organs)
         output = self.network(image, shown)
         present = label.flatten(2).any(dim=2)
-        loss = hybrid_loss(output.logits, output.presence, label, present, known, self.classifier_weight, lesions)
+        weights = (self.classifier_weight, lesions)
+        loss = hybrid_loss(output.logits, output.presence, label, present, known, *weights, source)
         return loss + self.heads.loss(organs)
 
 
@@ -120,7 +122,8 @@ def main(settings: Settings) -> None:
     entries, held_out = split(settings.data, settings.validation)
     cases = slice_cases(entries + held_out, settings.cache_folder, settings.plane, settings.resize, settings.jobs)
     run = start(settings)
-    sampler = StackSampler(cases[: len(entries)], settings.targets, settings.config.radius, settings.seed)
+    radius, shares = settings.config.radius, settings.shares
+    sampler = StackSampler(cases[: len(entries)], settings.targets, radius, settings.seed, shares)
 
     def batch(step: int) -> Stacks:
         if run.budget.share(step) < settings.crop_share:
@@ -128,8 +131,7 @@ def main(settings: Settings) -> None:
         return sampler.batch(step, run.members(settings.stacks))
 
     def scores() -> dict[str, float]:
-        means = run.mean([validate(run, case) for case in run.own(cases[len(entries) :])], 2)
-        return {"dice": float(means[0]), "presence": float(means[1])}
+        return scores_by_source(run, cases[len(entries) :], ("dice", "presence"), lambda case: validate(run, case))
 
     metadata = {CONFIG: json.dumps(settings.config.to_dict()), "plane": settings.plane, "resize": settings.resize}
 

@@ -50,6 +50,7 @@ class Common:
 
     data: tuple[Path, ...]  # FLARE folders: imagesTr, labelsTr
     out: Path  # run folder: checkpoint, log, weights
+    shares: tuple[float, ...] = ()  # of a batch, of each folder of `data`; by their numbers of cases where not given
     cache: Path | None = None  # of the preprocessed cases, which runs may share; in the run folder where not given
     minutes: float = 60.0  # wall-clock budget, over which the learning rate falls
     steps: int = 0  # the budget in steps instead
@@ -63,6 +64,7 @@ class Common:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["bf16-mixed", "16-mixed", "32-true"] = "bf16-mixed"
     g_per_kwh: float = 445.0  # of CO₂ equivalent; the world's electricity in 2024
+    frozen_norms: float = 0.0  # share of the budget, the last, in which batch norms act as they will in use
     workers: int = 2  # threads that draw the next batches
     jobs: int = 1  # processes that fill the cache
     seed: int = 0
@@ -154,6 +156,13 @@ def make_fabric(settings: Common) -> Fabric:
     return fabric
 
 
+def freeze_norms(module: nn.Module) -> None:
+    """Batch norms use what they measured so far, and measure no more."""
+    for part in module.modules():
+        if isinstance(part, nn.modules.batchnorm._NormBase):
+            part.eval()
+
+
 class Run:
     """A task in training: its averaged network, which validates and ships, its optimizer and its checkpoint."""
 
@@ -202,6 +211,8 @@ class Run:
         for group in self.optimizer.param_groups:
             group["lr"] = self.settings.learning_rate * learning_rate_factor(share, self.settings.schedule)
         self.task.train()
+        if share > 1 - self.settings.frozen_norms:
+            freeze_norms(self.task)
         self.optimizer.zero_grad(set_to_none=True)
         loss = self.task(self.fabric.to_device(batch), share)
         self.fabric.backward(loss)

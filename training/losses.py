@@ -26,15 +26,20 @@ def dice(mask: NDArray[Any], label: NDArray[Any]) -> float:
     return 2 * int((mask & label).sum()) / total if total else 1.0
 
 
-def soft_dice_loss(logits: Tensor, target: Tensor) -> Tensor:
-    """1 − Dice over the whole batch, so that slices without a lesion count by their false positives. Any shape.
+def soft_dice_loss(logits: Tensor, target: Tensor, source: Tensor | None = None) -> Tensor:
+    """1 − Dice over the whole batch, so that slices without a lesion count by their false positives. (N, …).
 
-    Where several processes share the batch, it is the Dice of all of it, as in one process.
+    source: one-hot (N, folders); the mean of the Dice of each folder's members. Where several processes share the
+    batch, it is the Dice of all of it, as in one process.
     """
+    if source is None:
+        source = logits.new_ones(len(logits), 1)
     probability = logits.sigmoid()
-    sums = torch.stack([(probability * target).sum(), probability.sum(), target.sum()])
-    overlap, predicted, true = total(sums)
-    return 1 - (2 * overlap + SMOOTH) / (predicted + true + SMOOTH)
+    each = [part.reshape(len(part), -1).sum(1, keepdim=True) for part in (probability * target, probability, target)]
+    # no matrix product, which mixed precision would round
+    overlap, predicted, true, members = total(torch.stack([(part * source).sum(0) for part in each] + [source.sum(0)]))
+    dice = (2 * overlap + SMOOTH) / (predicted + true + SMOOTH)
+    return 1 - dice[members > 0].mean()
 
 
 def total(values: Tensor) -> Tensor:
@@ -49,11 +54,12 @@ def annealed_weight(share: float, first: float = LESION_WEIGHT) -> float:
     return float(first ** (1 - share))
 
 
-def mask_loss(logits: Tensor, target: Tensor, lesion_weight: float = 1.0) -> Tensor:
-    """Dice + weighted cross-entropy, in float32; any shape."""
+def mask_loss(logits: Tensor, target: Tensor, lesion_weight: float = 1.0, source: Tensor | None = None) -> Tensor:
+    """Dice, by source, + weighted cross-entropy, in float32. (N, …)."""
     logits = logits.float()
     weight = torch.tensor(lesion_weight, device=logits.device)
-    return soft_dice_loss(logits, target) + F.binary_cross_entropy_with_logits(logits, target, pos_weight=weight)
+    cross_entropy = F.binary_cross_entropy_with_logits(logits, target, pos_weight=weight)
+    return soft_dice_loss(logits, target, source) + cross_entropy
 
 
 def hybrid_loss(
@@ -64,12 +70,13 @@ def hybrid_loss(
     known: Tensor | None = None,
     classifier_weight: float = CLASSIFIER_WEIGHT,
     lesion_weight: float = 1.0,
+    source: Tensor | None = None,
 ) -> Tensor:
-    """logits, target: (N, S, H, W); presence: logits (N, S, 2); present: (N, S) bool.
+    """logits, target: (N, S, H, W); presence: logits (N, S, 2); present: (N, S) bool; source: as `soft_dice_loss`'s.
 
     known: (N, S) bool; the classifier learns from these slices only, where some are not known to hold a lesion or none.
     """
     known = torch.ones_like(present) if known is None else known
     each = F.cross_entropy(presence.float().flatten(0, 1), present.flatten().long(), reduction="none")
     classifier = (each * known.flatten()).sum() / known.numel()
-    return mask_loss(logits, target, lesion_weight) + classifier_weight * classifier
+    return mask_loss(logits, target, lesion_weight, source) + classifier_weight * classifier

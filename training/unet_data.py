@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,10 +16,13 @@ from torch import Tensor
 from inference.resampling import nearest
 from inference.unet import AIR_HU, UNetConfig, channels, resample
 from training.anatomy import Organ
+from training.augmentation import RandomInPlane
 from training.cache import Arrays, prepare
 from training.data import Case, Entry
+from training.sources import Sources
 
 FOREGROUND_SHARE = 0.5  # of the patches are centred near a lesion; nnU-Net's rule is 1/3, over whole batches
+ROTATION, SCALE = 0.3, 0.2  # radians; logarithm of the magnification: largest of a patch, in-plane
 NEAR = 12  # voxels: how far from a voxel of the lesion the patch's centre may lie, along each axis
 
 Patch = tuple[int, int, int]
@@ -30,10 +32,10 @@ Patch = tuple[int, int, int]
 class GridCase:
     """On the network's grid, (z, y, x), memory-mapped: hu int16, label uint8 {0, 1}, organs as `Case`'s.
 
-    lesions: voxels of each component, (n, 3).
+    lesions: voxels of each component, (n, 3). source: its FLARE folder.
     """
 
-    name: str
+    source: Path
     hu: NDArray[np.int16]
     label: NDArray[np.uint8]
     organs: NDArray[np.uint8]
@@ -44,7 +46,7 @@ def grid_cases(entries: list[Entry], cache: Path, config: UNetConfig, jobs: int 
     """Every case on the network's grid, resampled once; what the cache holds already is reused."""
     cache = cache / "grid_{}x{}x{}mm".format(*config.spacing_mm)
     made = prepare(entries, cache, partial(resample_case, config=config), jobs)
-    return [_grid_case(entry.name, arrays) for entry, arrays in made]
+    return [_grid_case(entry.source, arrays) for entry, arrays in made]
 
 
 def resample_case(case: Case, config: UNetConfig) -> Arrays:
@@ -59,56 +61,67 @@ def resample_case(case: Case, config: UNetConfig) -> Arrays:
     return {"hu": hu, "label": label, "organs": organs, "lesions": lesions[np.argsort(lesions[:, 0], kind="stable")]}
 
 
-def _grid_case(name: str, arrays: Arrays) -> GridCase:
+def _grid_case(source: Path, arrays: Arrays) -> GridCase:
     component, voxels = arrays["lesions"][:, 0], arrays["lesions"][:, 1:]
     parts = np.split(voxels, np.flatnonzero(np.diff(component)) + 1) if len(voxels) else []
-    return GridCase(name, arrays["hu"], arrays["label"], arrays["organs"], parts)
+    return GridCase(source, arrays["hu"], arrays["label"], arrays["organs"], parts)
 
 
 class Patches(NamedTuple):
-    """image: float (N, channels, *patch) in [0, 1]; label: float {0, 1} (N, 1, *patch); organs: uint8 (N, *patch)."""
+    """image: float (N, channels, *patch) in [0, 1]; label: float {0, 1} (N, 1, *patch); organs: uint8 (N, *patch).
+
+    source: the folder that each comes from, one-hot (N, folders).
+    """
 
     image: Tensor
     label: Tensor
     organs: Tensor
+    source: Tensor
 
 
 class PatchSampler:
-    """Draws augmented patches; in every other one a random lesion is near the centre."""
+    """Draws augmented patches, of each folder in its share; in every other one a random lesion is near the centre."""
 
-    def __init__(self, cases: list[GridCase], config: UNetConfig, seed: int) -> None:
-        self.cases = cases
-        self.with_lesion = [case for case in cases if case.lesions]
-        if not self.with_lesion:
+    def __init__(self, cases: list[GridCase], config: UNetConfig, seed: int, shares: tuple[float, ...] = ()) -> None:
+        """shares: as `Sources`'."""
+        self.sources = Sources(cases, shares)
+        self.with_lesion = [[case for case in group if case.lesions] for group in self.sources.groups]
+        if not any(self.with_lesion):
             raise ValueError("no case has a lesion: nothing can be learnt")
         self.config, self.seed = config, seed
+        # left-right alone: the other flips cost a short training more than they give
+        self.in_plane = RandomInPlane(ROTATION, SCALE, shift=0, upside_down=0)
 
-    def batch(self, step: int, members: Iterable[int], patch: Patch) -> Patches:
-        """Members of the batch of a step: the same ones whenever, and by whichever process, they are asked for."""
-        drawn = [self._patch(np.random.default_rng((self.seed, step, member)), patch) for member in members]
+    def batch(self, step: int, members: range, patch: Patch) -> Patches:
+        """Members of the batch of a step: the same ones whenever, and by whichever process, they are asked for.
+
+        members: of `members.stop` in all.
+        """
+        drawn = [self._patch(step, member, members.stop, patch) for member in members]
         return Patches(*(torch.stack(parts) for parts in zip(*drawn, strict=True)))
 
-    def _patch(self, rng: np.random.Generator, patch: Patch) -> Patches:
-        case, centre = self._place(rng)
-        hu, label, organs = (
-            cut(array, centre, patch, outside)
-            for array, outside in ((case.hu, AIR_HU), (case.label, 0), (case.organs, Organ.AIR))
-        )
-        if rng.random() < 0.5:  # left-right alone: the other flips cost a short training more than they give
-            hu, label, organs = (np.flip(array, 2) for array in (hu, label, organs))
-        image = channels(_intensity(rng, hu.astype(np.float32)), self.config)
-        return Patches(
-            torch.from_numpy(image),
-            torch.from_numpy(label[None].astype(np.float32)),
-            torch.from_numpy(np.ascontiguousarray(organs)),
-        )
+    def _patch(self, step: int, member: int, batch: int, patch: Patch) -> Patches:
+        rng = np.random.default_rng((self.seed, step, member))
+        source = self.sources.draw(rng, member, batch)
+        case, centre = self._place(rng, source)
+        move, margin = self.in_plane.draw(rng), patch[1] // 4  # turned and scaled, a patch sees what lies beside it
 
-    def _place(self, rng: np.random.Generator) -> tuple[GridCase, NDArray[np.int64]]:
-        """A case, and the centre of a patch in it."""
-        if rng.random() >= FOREGROUND_SHARE:
-            case = self.cases[rng.integers(len(self.cases))]
+        def moved(array: NDArray, outside: int, mode: str) -> Tensor:
+            values = cut(array, centre, patch, outside, margin).astype(np.float32) - np.float32(outside)
+            return move(torch.from_numpy(values), mode, margin) + outside  # where nothing is, there is `outside`
+
+        image = channels(_intensity(rng, moved(case.hu, AIR_HU, "bilinear").numpy()), self.config)
+        label = (moved(case.label, 0, "bilinear")[None] >= 0.5).float()
+        organs = moved(case.organs, Organ.AIR, "nearest").byte()
+        return Patches(torch.from_numpy(image), label, organs, self.sources.one_hot(source))
+
+    def _place(self, rng: np.random.Generator, source: int) -> tuple[GridCase, NDArray[np.int64]]:
+        """A case of the folder, and the centre of a patch in it."""
+        cases, with_lesion = self.sources.groups[source], self.with_lesion[source]
+        if rng.random() >= FOREGROUND_SHARE or not with_lesion:
+            case = cases[rng.integers(len(cases))]
             return case, rng.integers(0, case.hu.shape)
-        case = self.with_lesion[rng.integers(len(self.with_lesion))]
+        case = with_lesion[rng.integers(len(with_lesion))]
         diameters = np.cbrt([len(lesion) for lesion in case.lesions])
         lesion = case.lesions[rng.choice(len(case.lesions), p=diameters / diameters.sum())]
         return case, lesion[rng.integers(len(lesion))] + rng.integers(-NEAR, NEAR + 1, 3)
@@ -122,9 +135,15 @@ def _intensity(rng: np.random.Generator, hu: NDArray[np.float32]) -> NDArray[np.
     return changed.astype(np.float32)
 
 
-def cut(array: NDArray, centre: NDArray, patch: Patch, outside: int) -> NDArray:
-    """The patch around `centre`, moved inside the array where it fits, else padded with `outside` at the far end."""
+def cut(array: NDArray, centre: NDArray, patch: Patch, outside: int, margin: int = 0) -> NDArray:
+    """The patch around `centre`, moved inside the array where it fits, else padded with `outside` at the far end.
+
+    With `margin` voxels more at each side in-plane, `outside` where the array ends.
+    """
     starts = [int(np.clip(c - p // 2, 0, max(n - p, 0))) for c, p, n in zip(centre, patch, array.shape, strict=True)]
-    inside = array[tuple(slice(s, s + p) for s, p in zip(starts, patch, strict=True))]
-    margins = [(0, p - n) for p, n in zip(patch, inside.shape, strict=True)]
-    return np.pad(inside, margins, constant_values=outside)
+    places, around = [], []
+    for start, side, size, more in zip(starts, patch, array.shape, (0, margin, margin), strict=True):
+        low, high = start - more, start + side + more
+        places.append(slice(max(low, 0), min(high, size)))
+        around.append((max(-low, 0), max(high - size, 0)))
+    return np.pad(array[tuple(places)], around, constant_values=outside)

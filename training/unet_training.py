@@ -20,6 +20,7 @@ from training.data import split
 from training.loop import Common, Run, Task, load_weights, save_weights, train
 from training.losses import annealed_weight, dice, mask_loss
 from training.organs import OrganHeads
+from training.sources import scores_by_source
 from training.unet import build_unet, export_onnx
 from training.unet_data import GridCase, Patch, Patches, PatchSampler, grid_cases
 
@@ -55,9 +56,10 @@ class UNetTask(Task):
         self.lesion_weight = lesion_weight
 
     def forward(self, patches: Patches, share: float) -> Tensor:
-        image, label, organs = patches
+        image, label, organs, source = patches
         outputs = self.network(image.contiguous(memory_format=torch.channels_last_3d))
-        return supervised_loss(outputs, label, annealed_weight(share, self.lesion_weight)) + self.heads.loss(organs)
+        weight = annealed_weight(share, self.lesion_weight)
+        return supervised_loss(outputs, label, weight, source) + self.heads.loss(organs)
 
 
 def start(settings: Settings) -> Run:
@@ -67,12 +69,13 @@ def start(settings: Settings) -> Run:
     return Run(task, optimizer, settings)
 
 
-def supervised_loss(outputs: Tensor, target: Tensor, weight: float = 1.0) -> Tensor:
+def supervised_loss(outputs: Tensor, target: Tensor, weight: float = 1.0, source: Tensor | None = None) -> Tensor:
     """Dice + cross-entropy of each supervised level, lesions weighted.
 
-    outputs: (N, levels, 1, z, y, x); target: (N, 1, z, y, x).
+    outputs: (N, levels, 1, z, y, x); target: (N, 1, z, y, x); source: as `soft_dice_loss`'s.
     """
-    losses = [s * mask_loss(logits, target, weight) for s, logits in zip(SUPERVISION, outputs.unbind(1), strict=True)]
+    levels = zip(SUPERVISION, outputs.unbind(1), strict=True)
+    losses = [share * mask_loss(logits, target, weight, source) for share, logits in levels]
     return torch.stack(losses).sum() / sum(SUPERVISION)
 
 
@@ -91,15 +94,14 @@ def main(settings: Settings) -> None:
     entries, held_out = split(settings.data, settings.validation)
     cases = grid_cases(entries + held_out, settings.cache_folder, config, settings.jobs)
     run = start(settings)
-    sampler = PatchSampler(cases[: len(entries)], config, settings.seed)
+    sampler = PatchSampler(cases[: len(entries)], config, settings.seed, settings.shares)
 
     def batch(step: int) -> Patches:
         patch = settings.small if run.budget.share(step) < settings.small_share else settings.patch
         return sampler.batch(step, run.members(settings.batch), patch)
 
     def scores() -> dict[str, float]:
-        own = run.own(cases[len(entries) :])
-        return {"dice": float(run.mean([(validate(run, case, config),) for case in own], 1)[0])}
+        return scores_by_source(run, cases[len(entries) :], ("dice",), lambda case: (validate(run, case, config),))
 
     def keep() -> None:
         save_weights(run.average.module, settings.out / "unet.safetensors")

@@ -184,7 +184,7 @@ def test_cnn_alone_learns_on_crops(folder, tmp_path) -> None:
 
 def test_stacks_keep_slices_and_labels_together(folder, tmp_path) -> None:
     stacks = stack_sampler(folder, tmp_path, 4, seed=3).batch(0, range(12))
-    images, labels, organs, known, shown = stacks
+    images, labels, organs, known, shown, source = stacks
     assert images.shape == (12, 8, 256, 256)
     assert labels.shape == organs.shape == (12, 4, 256, 256)
     assert set(organs.unique().tolist()) == {Organ.AIR, Organ.LIVER, Organ.SPLEEN, UNKNOWN}
