@@ -1,13 +1,14 @@
 """Choose the thresholds of gate and fusion on annotated cases, and write them into the manifest.
 
-    python -m training calibrate --data FLARE_FOLDER --weights weights/NAME
+    python -m training calibrate --data FLARE_FOLDER [FLARE_FOLDER …] --weights weights/NAME
 
 First the gate of the slices: a half, or lower, so that it withholds the prompts of at most `WITHHELD` of the slices
 that hold a lesion. Then the rest. What decides is the mean over the cases (both empty counts 1, exactly one
 empty 0, as FLARE grades), less the share of healthy cases with any false voxel beyond `HEALTHY_LIMIT`: the mean Dice at
-first, in the last round that of Dice and NSD, which costs ten times as much. Each network by itself is calibrated
-first. The program uses the fused thresholds only; what the UNet found for itself stays in them, since what it finds
-is a candidate whatever the hybrid says, and since a search over everything at once fits a few dozen cases alone.
+first, in the last round that of Dice and NSD, which costs ten times as much. Several folders count alike, however many
+cases each has. Each network by itself is calibrated first. The program uses the fused thresholds only; what the UNet
+found for itself stays in them, since what it finds is a candidate whatever the hybrid says, and since a search over
+everything at once fits a few dozen cases alone.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field, replace
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,7 @@ from inference.weights import MANIFEST, Gate
 from training.data import Case, load_case, read_folder
 from training.losses import dice
 from training.release import write_manifest
+from training.sources import by_source
 
 TOLERANCE_MM = 2.0  # of the NSD, as FLARE grades
 WITHHELD = 0.05  # of the slices with a lesion may be taken for free of any
@@ -86,7 +89,7 @@ class Operating:
 class Predicted:
     """What both networks say of a case, before any threshold: its score, and probabilities (z, y, x) on its grid.
 
-    Cut to the box that holds the label and all that could be called a lesion.
+    Cut to the box that holds the label and all that could be called a lesion. source: its FLARE folder.
     """
 
     label: NDArray[np.uint8]
@@ -94,6 +97,7 @@ class Predicted:
     hybrid: NDArray[np.float16]
     unet: NDArray[np.float16]
     score: float
+    source: Path = Path()
 
     def mask(self, operating: Operating, network: str) -> NDArray[np.uint8]:
         """network: "hybrid", "unet" or "fused"."""
@@ -129,7 +133,8 @@ def predict(pipeline: Pipeline, case: Case) -> Predicted:
     # no threshold lets a voxel outside this box into a mask, so the search need not look there
     anywhere = (case.label > 0) | (hybrid >= min(VOXEL)) | (unet >= min(VOXEL))
     box = bounding_box(anywhere) or (slice(0, 1),) * 3
-    return Predicted(case.label[box], case.spacing_mm, hybrid[box].copy(), unet[box].copy(), score)
+    said = (hybrid[box].copy(), unet[box].copy(), score)
+    return Predicted(case.label[box], case.spacing_mm, *said, case.entry.source)
 
 
 def choose_slice_gate(pipeline: Pipeline, cases: Iterable[Case]) -> Gate:
@@ -152,6 +157,11 @@ def choose_slice_gate(pipeline: Pipeline, cases: Iterable[Case]) -> Gate:
 
 
 def judge(cases: list[Predicted], operating: Operating, network: str, measure: Measure = Predicted.dice) -> float:
+    """Mean over the folders of what is said of each."""
+    return float(np.mean([judge_folder(group, operating, network, measure) for group in by_source(cases).values()]))
+
+
+def judge_folder(cases: list[Predicted], operating: Operating, network: str, measure: Measure) -> float:
     """Mean of the measure, less the share of healthy cases with a false positive that is beyond the limit."""
     scores = np.array([measure(case, operating, network) for case in cases])
     healthy = np.array([not case.label.any() for case in cases])
@@ -159,13 +169,13 @@ def judge(cases: list[Predicted], operating: Operating, network: str, measure: M
     return float(scores.mean()) - max(0.0, false_positive - HEALTHY_LIMIT)
 
 
-def improve(cases: list[Predicted], network: str, chosen: Operating, measure: Measure) -> tuple[float, Operating]:
-    """Each threshold in turn moved to where `judge` says best; what it says, and the thresholds."""
-    best = judge(cases, chosen, network, measure)
+def improve(network: str, chosen: Operating, judged: Callable[[Operating], float]) -> tuple[float, Operating]:
+    """Each threshold in turn moved to where `judged` is best; what it says, and the thresholds."""
+    best = judged(chosen)
     for name in SEARCHED[network]:
         for value in CHOICES[name]:
             other = chosen.change(name, value)
-            score = judge(cases, other, network, measure)
+            score = judged(other)
             if score > best + 1e-4:
                 best, chosen = score, other
     return best, chosen
@@ -177,17 +187,22 @@ def calibrate(cases: list[Predicted], network: str, first: Operating | None = No
     first: where to set out from, but for the voxel thresholds; those that the network does not search stay.
     """
     found: list[tuple[float, Operating]] = []
+    # rounds and starts come by the same thresholds again and again
+    by_dice, by_both = (
+        cache(partial(judge, cases, network=network, measure=measure))
+        for measure in (Predicted.dice, Predicted.dice_and_nsd)
+    )
     with tqdm(total=len(STARTS) * ROUNDS + 1, desc=f"{network} thresholds", unit="round") as bar:
         for start in STARTS:
             chosen = first or Operating()
             for name in {"voxel", "unet_voxel"} & set(SEARCHED[network]):
                 chosen = chosen.change(name, start)
             for _ in range(ROUNDS):
-                best, chosen = improve(cases, network, chosen, Predicted.dice)
+                best, chosen = improve(network, chosen, by_dice)
                 bar.update()
             found.append((best, chosen))
         _, chosen = max(found, key=lambda pair: pair[0])
-        best, chosen = improve(cases, network, chosen, Predicted.dice_and_nsd)
+        best, chosen = improve(network, chosen, by_both)
         bar.update()
     return chosen, best
 
@@ -206,23 +221,26 @@ def calibrate_all(cases: list[Predicted], gate: Gate) -> dict[str, tuple[Operati
 
 @dataclass(frozen=True)
 class Settings:
-    data: Path  # FLARE folder of cases that were not trained on
+    data: tuple[Path, ...]  # FLARE folders of cases that were not trained on
     weights: Path  # folder of weights, whose manifest is rewritten
 
 
 def main(settings: Settings) -> None:
     """Choose the thresholds of gate and fusion on cases whose every lesion is annotated."""
     pipeline = Pipeline(settings.weights)
-    entries = [entry for entry in read_folder(settings.data) if entry.complete]
+    entries = [entry for folder in settings.data for entry in read_folder(folder) if entry.complete]
     scans = tqdm(map(load_case, entries), desc="slices", unit="case", total=len(entries))
     gate = choose_slice_gate(pipeline, scans)
     cases = [predict(pipeline, load_case(entry)) for entry in tqdm(entries, desc="cases", unit="case")]
     manifest = json.loads((settings.weights / MANIFEST).read_text())
     record: dict[str, Any] = {"cases": len(cases)}
     for network, (chosen, best) in calibrate_all(cases, gate).items():
-        scores = [case.dice(chosen, network) for case in cases]
-        record[network] = {**asdict(chosen), "mean_dice": round(float(np.mean(scores)), 4), "judged": round(best, 4)}
-        print(f"{network}: {best:.3f}, mean Dice {np.mean(scores):.3f} on {len(cases)} cases, {chosen}")
+        means = {
+            source.name: round(float(np.mean([case.dice(chosen, network) for case in group])), 4)
+            for source, group in by_source(cases).items()
+        }
+        record[network] = {**asdict(chosen), "mean_dice": means, "judged": round(best, 4)}
+        print(f"{network}: {best:.3f}, mean Dice {means} of {len(cases)} cases, {chosen}")
     manifest["gate"], manifest["fusion"] = record["fused"].pop("gate"), record["fused"].pop("fusion")
     manifest["training"]["calibration"] = record
     write_manifest(settings.weights, manifest)

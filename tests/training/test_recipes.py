@@ -1,4 +1,4 @@
-"""The sarcoma recipe on six small scans laid out as its data folder."""
+"""The recipe of the real scans on eight small ones laid out as its data folder."""
 
 from __future__ import annotations
 
@@ -14,34 +14,43 @@ import pytest
 
 from training.data import load_case, read_folder, split
 
-RECIPE = Path(__file__).parents[2] / "training" / "recipes" / "sts.py"
+RECIPE = Path(__file__).parents[2] / "training" / "recipes" / "real.py"
 AFFINE = np.array([[-2, 0, 0, 9], [0, -2, 0, 8], [0, 0, 3, -7], [0, 0, 0, 1.0]])
 
 
 def test_crops_hold_the_tumour_and_stay_where_they_were_in_space(tmp_path) -> None:
     """Each scan's HU tell their own place, so that a crop can be checked against the affine that it is written with."""
     data, out = tmp_path / "data", tmp_path / "out"
-    (data / "sts" / "images").mkdir(parents=True)
-    (data / "sts" / "labels").mkdir()
+    for folder in ("sts/images", "sts/labels", "abdomen/images"):
+        (data / folder).mkdir(parents=True)
     i, j, k = np.indices((20, 24, 12))
     hu, label = (i + 20 * j + 480 * k - 1000).astype(np.int16), np.zeros(i.shape, np.uint8)
     label[6:11, 8:20, 5] = 1
-    for name in "ABCDEF":
+    for name in "ABCDEFGH":
         nib.save(nib.Nifti1Image(hu, AFFINE), data / "sts" / "images" / f"{name}_0000.nii.gz")
         nib.save(nib.Nifti1Image(label, AFFINE), data / "sts" / "labels" / f"{name}.nii.gz")
-    (data / "splits.json").write_text(json.dumps({"sts": {"train": list("ABCDEF"), "val": []}}))
-    (out / "imagesTr").mkdir(parents=True)
-    shutil.copy(data / "sts" / "images" / "A_0000.nii.gz", out / "imagesTr" / "old_0000.nii.gz")
+    trunk = np.random.default_rng(0).normal(50, 10, (40, 40, 30)).astype(np.int16)
+    nib.save(nib.Nifti1Image(trunk, AFFINE), data / "abdomen" / "images" / "X_0000.nii.gz")
+    (data / "splits.json").write_text(json.dumps({"sts": {"train": list("ABCDEFGH"), "val": []}}))
+    (out / "sarcomas" / "imagesTr").mkdir(parents=True)
+    shutil.copy(data / "sts" / "images" / "A_0000.nii.gz", out / "sarcomas" / "imagesTr" / "old_0000.nii.gz")
     command = [sys.executable, str(RECIPE), str(data), str(out), "--crops", "4"]
     subprocess.run(command, check=True, cwd=RECIPE.parents[2], env={"PYTHONPATH": "."}, capture_output=True)
     shapes = set()
-    for entry in read_folder(out):
+    for entry in read_folder(out / "sarcomas") + read_folder(out / "held_out"):
         scan = nib.Nifti1Image.from_filename(entry.scan)
         shapes.add(scan.shape)
         place = np.linalg.inv(AFFINE) @ scan.affine[:, 3]  # of the crop's first voxel in the whole scan
         assert scan.get_fdata().flat[0] == pytest.approx(np.dot(place[:3], (1, 20, 480)) - 1000)
         assert load_case(entry).label.sum() == label.sum()
-    assert len(shapes) > 6  # of twelve
-    training, held_out = split((out,), 4)
+    assert len(shapes) > 12  # of 26
+    training, held_out = split((out / "sarcomas",), 6)
     assert [entry.patient for entry in training] == [*"AAAABBBB"]
-    assert [entry.patient for entry in held_out] == [*"CDEF"]
+    assert [entry.patient for entry in held_out] == [*"CDEFGH"]
+    assert [entry.patient for entry in read_folder(out / "held_out")] == [*"CCDDEEFFGGHH"]
+    implants = read_folder(out / "implants")
+    assert sorted({entry.patient for entry in implants}) == ["A", "B", "X"]
+    drawn = [entry for entry in implants if entry.patient == "X"]
+    assert len(drawn) == 20
+    assert all(entry.annotated == "partial" for entry in drawn)
+    assert any(load_case(entry).label.any() for entry in drawn)

@@ -1,0 +1,108 @@
+"""Thresholds are found where they separate, and judged as FLARE grades."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from inference.hybrid.predict import SlicePredictions
+from training import calibration
+from training.calibration import CHOICES, SEARCHED, Operating, Predicted, calibrate, choose_slice_gate, judge, predict
+from training.data import Case, Entry
+
+
+class Said:
+    """A pipeline that says what it was given."""
+
+    def __init__(self, hybrid: np.ndarray, unet: np.ndarray) -> None:
+        self.hybrid, self.unet = hybrid, unet
+
+    def predict_hybrid(self, *_: object) -> tuple:
+        return self.hybrid.__getitem__, 0.8
+
+    def predict_unet(self, *_: object):
+        return self.unet.__getitem__
+
+
+def test_the_box_of_a_prediction_changes_no_dice() -> None:
+    rng = np.random.default_rng(0)
+    hybrid, unet = np.zeros((2, 12, 30, 30), np.float32)
+    hybrid[4:7, 5:12, 8:15], unet[5:8, 6:14, 9:13] = rng.random((3, 7, 7)), rng.random((3, 8, 4))
+    label = np.zeros(hybrid.shape, np.uint8)
+    label[5:7, 6:11, 9:14] = 1
+    case = Case(Entry("x", Path("x"), None, None), label.astype(np.int16), label, label, (3.0, 1.0, 1.0))
+    found = predict(Said(hybrid, unet), case)
+    assert found.label.shape == (4, 9, 7)
+    whole = Predicted(label, case.spacing_mm, hybrid.astype(np.float16), unet.astype(np.float16), 0.8)
+    for network, values in SEARCHED.items():
+        for name in values:
+            for value in CHOICES[name]:
+                operating = Operating().change(name, value)
+                assert found.dice(operating, network) == pytest.approx(whole.dice(operating, network))
+
+
+@pytest.mark.parametrize(("lowest", "expected"), [(0.1, 0.12), (0.6, 0.5)])
+def test_the_slices_gate_withholds_one_lesion_slice_in_twenty(monkeypatch, lowest: float, expected: float) -> None:
+    """21 slices with a lesion, the presence 0.02 apart: the second lowest is the 5 % quantile. Others do not count."""
+    label = np.zeros((30, 8, 8), np.uint8)
+    label[5:26, 2:4, 2:4] = 1
+    presence = np.full(30, 0.01, np.float32)
+    presence[5:26] = lowest + 0.02 * np.arange(21)
+    monkeypatch.setattr(calibration, "predict_slices", lambda *_: SlicePredictions(np.zeros(0), presence))
+    encoder = SimpleNamespace(presence_threshold=0.5)
+    manifest = SimpleNamespace(plane="axial", resize="square", window_hu=(-200, 300))
+    pipeline = SimpleNamespace(manifest=manifest, hybrid=SimpleNamespace(prompt_encoder=encoder), targets=4)
+    case = Case(Entry("x", Path("x"), None, None), label.astype(np.int16), label, label, (3.0, 1.0, 1.0))
+    healthy = replace(case, label=0 * label)
+    gate = choose_slice_gate(pipeline, [case, healthy])
+    assert gate.slice_threshold == encoder.presence_threshold == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("network", ["hybrid", "unet", "fused"])
+def test_calibration_finds_what_separates(network: str) -> None:
+    """Healthy cases score 0.6 and would get false positives, diseased ones 0.9: a threshold must fall between."""
+    lump = np.zeros((3, 6, 6), np.float16)
+    lump[1, 2:4, 2:4] = 0.97
+    sick = [Predicted((lump > 0).astype(np.uint8), (10.0,) * 3, lump, lump, 0.9)] * 2
+    healthy = [Predicted(np.zeros(lump.shape, np.uint8), (10.0,) * 3, lump, np.float16(0.6) * lump, 0.6)] * 2
+    operating, best = calibrate([*sick, *healthy], network)
+    assert best == pytest.approx(1)
+    if network == "unet":
+        assert 0.58 < operating.fusion.unet_voxel <= 0.97 or 0.58 < operating.fusion.sure_unet <= 0.97
+    else:
+        assert 0.6 < operating.gate.scan_threshold <= 0.9
+
+
+def test_dice_and_nsd_by_hand() -> None:
+    """The mask lacks the last of the label's three voxels of 10 mm in a row: Dice 2·2 / (2 + 3).
+
+    Surfels of a row lie in fours, at each voxel's face: at the ends a triangle each, between two voxels a rectangle.
+    Of the mask 2 and 1 (times four), all of them on the label's; of the label 2 and 2, one end's triangle far off.
+    """
+    label = np.zeros((1, 1, 5), np.uint8)
+    label[0, 0, 1:4] = 1
+    said = np.zeros(label.shape, np.float16)
+    said[0, 0, 1:3] = 0.97
+    case = Predicted(label, (10.0,) * 3, said, said, 0.9)
+    assert case.dice(Operating(), "fused") == pytest.approx(0.8)
+    triangle, rectangle = 3**0.5 / 4 * 50, 10 * 50**0.5
+    nsd = (3 * triangle + 3 * rectangle) / (4 * triangle + 3 * rectangle)
+    assert case.dice_and_nsd(Operating(), "fused") == pytest.approx((0.8 + nsd) / 2)
+    never = Operating().change("voxel", 1.0).change("unet_voxel", 1.0)
+    assert case.dice_and_nsd(never, "fused") == 0
+    assert Predicted(0 * label, (10.0,) * 3, said, said, 0.9).dice_and_nsd(never, "fused") == 1
+
+
+def test_folders_count_alike() -> None:
+    """Three phantoms found, one of them healthy with a false positive; one sarcoma missed: (2/3 − 1 + 0.05 + 0) / 2."""
+    lump = np.zeros((3, 6, 6), np.float16)
+    lump[1, 2:4, 2:4] = 0.97
+    sick = Predicted((lump > 0).astype(np.uint8), (10.0,) * 3, lump, lump, 0.9, Path("phantoms"))
+    healthy = replace(sick, label=0 * sick.label)
+    missed = replace(sick, hybrid=0 * lump, unet=0 * lump, source=Path("sarcomas"))
+    said = judge([sick, missed, sick, healthy], Operating(), "fused")
+    assert said == pytest.approx(((2 / 3 - (1 - calibration.HEALTHY_LIMIT)) + 0) / 2)
