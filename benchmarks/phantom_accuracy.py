@@ -18,12 +18,8 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from benchmarks.demo import read_mask
-from inference.fusion import SliceSource, fuse
-from inference.pipeline import Pipeline, voxel_volume_ml
-from inference.weights import MANIFEST, find_weights
-from training.calibration import Operating
-from training.data import load_case, read_folder
+from benchmarks.networks import Recorder
+from inference.pipeline import voxel_volume_ml
 from training.losses import dice
 from training.phantom import PHANTOM_VERSION, Scanner, make_phantom, write_flare
 
@@ -40,38 +36,11 @@ def scanner(seed: int) -> Scanner:
     return drawn
 
 
-def operating_points(manifest: dict[str, Any]) -> dict[str, Operating]:
-    """The calibrated thresholds of each network by itself; those of the manifest where it was not calibrated."""
-    alone = manifest["training"].get("calibration", {})
-    return {network: Operating.from_manifest(alone.get(network, manifest)) for network in ("hybrid", "unet")}
-
-
-class Recorder(Pipeline):
-    """The program's own pipeline, which also keeps what each network said."""
-
-    def predict_hybrid(self, *arguments: Any) -> tuple[SliceSource, float]:
-        self.hybrid_said = super().predict_hybrid(*arguments)
-        return self.hybrid_said
-
-    def predict_unet(self, *arguments: Any) -> SliceSource:
-        self.unet_said = super().predict_unet(*arguments)
-        return self.unet_said
-
-
-def judge(
-    pipeline: Recorder, operating: dict[str, Operating], seed: int, healthy: bool, folder: Path
-) -> dict[str, Any]:
+def judge(pipeline: Recorder, seed: int, healthy: bool, folder: Path) -> dict[str, Any]:
     """Dice on one phantom: of the mask that the program writes, and of each network alone."""
     phantom = make_phantom(seed, healthy=healthy, scanner=scanner(seed))
     write_flare(phantom, folder, NAME)
-    report = pipeline.run(folder / "imagesTr" / f"{NAME}_0000.nii.gz", folder)
-    scores = {"fused": dice(read_mask(folder / f"{NAME}.nii.gz"), phantom.lesions)}
-    (entry,) = read_folder(folder)
-    case, (hybrid, score) = load_case(entry), pipeline.hybrid_said
-    for network, point in operating.items():
-        speaking = point.speaking(network, hybrid, pipeline.unet_said, score)
-        mask = fuse(*speaking, case.label.shape, voxel_volume_ml(case.spacing_mm), point.fusion)
-        scores[network] = dice(mask, case.label)
+    report, masks = pipeline.masks(folder / "imagesTr" / f"{NAME}_0000.nii.gz", folder)
     return {
         "seed": seed,
         "healthy": phantom.healthy,
@@ -79,9 +48,9 @@ def judge(
         "ml": round(float(phantom.lesions.sum()) * voxel_volume_ml(phantom.spacing_mm), 2),
         "found_ml": round(report.volume_ml, 2),
         "size": list(phantom.hu.shape),
-        "scan_score": round(score, 3),
+        "scan_score": round(report.scan_score, 3),
         "seconds": report.seconds,
-        "dice": {network: round(value, 4) for network, value in scores.items()},
+        "dice": {network: round(dice(mask, phantom.lesions), 4) for network, mask in masks.items()},
     }
 
 
@@ -103,12 +72,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/phantoms.json"), help="JSON to write")
     parser.add_argument("--first-seed", type=int, default=FIRST_SEED, help="of the phantoms; 3000 to 3980")
     options = parser.parse_args()
-    pipeline = Recorder(find_weights(options.weights))
-    operating = operating_points(json.loads((pipeline.manifest.folder / MANIFEST).read_text()))
+    pipeline = Recorder(options.weights)
     with tempfile.TemporaryDirectory() as folder:
         cases = [
-            judge(pipeline, operating, options.first_seed + i, i < HEALTHY, Path(folder))
-            for i in tqdm(range(COUNT), unit="scan")
+            judge(pipeline, options.first_seed + i, i < HEALTHY, Path(folder)) for i in tqdm(range(COUNT), unit="scan")
         ]
     result = {
         "date": datetime.now(UTC).date().isoformat(),
