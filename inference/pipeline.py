@@ -14,13 +14,22 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from .fusion import SliceSource, fuse, mean_probability
+from .fusion import SliceSource, bounding_box, fuse, mean_probability
 from .hybrid.model import Hybrid
 from .hybrid.predict import CONTEXT_MIB, MAX_TARGETS, SlicePredictions, predict_slices, targets_for
 from .slices import SliceGrid
 from .stopwatch import Stopwatch
 from .unet import UNet
-from .volume import Volume, case_name, output_names, read_volume, write_mask, write_probability
+from .volume import (
+    Geometry,
+    Volume,
+    case_name,
+    output_names,
+    read_label,
+    read_volume,
+    write_mask,
+    write_probability,
+)
 from .weights import Manifest, load_hybrid, read_manifest
 
 logger = logging.getLogger(__name__)
@@ -118,11 +127,10 @@ class Pipeline:
             body = fuse(said, unet, volume.body.shape, voxel_ml, self.manifest.fusion)
             mask = np.zeros(volume.hu.shape, np.uint8)
             mask[volume.box] = body
-            report.lesions = int(cc3d.connected_components(body, connectivity=26, return_N=True)[1])
-            report.volume_ml = float(body.sum(dtype=np.int64) * voxel_ml)
         with report.stage("write"):
             mask_name, probability_name = output_names(report.case)
             write_mask(mask, volume.geometry, outputs / mask_name)
+            report.lesions, report.volume_ml = measure(outputs / mask_name, volume.geometry)
             if save_probabilities:
                 probability = self._probability(volume, said, unet)
                 write_probability(probability, volume.geometry, outputs / probability_name)
@@ -166,6 +174,16 @@ def slice_source(predictions: SlicePredictions, grid: SliceGrid) -> SliceSource:
     if grid.axis == 0:
         return lambda z: grid.restore(predictions.probability[z].astype(np.float32))
     return lambda z: grid.restore_axial(predictions.probability, z)
+
+
+def measure(path: Path, geometry: Geometry) -> tuple[int, float]:
+    """How many lesions a mask holds as it lies on disk, and their ml: what is told is what a reader of it finds."""
+    mask = read_label(path, geometry)
+    box = bounding_box(mask)
+    if box is None:
+        return 0, 0.0
+    lesions = int(cc3d.connected_components(mask[box], connectivity=26, return_N=True)[1])
+    return lesions, float(mask[box].sum(dtype=np.int64) * voxel_volume_ml(geometry.spacing_mm))
 
 
 def first_line(error: BaseException) -> str:

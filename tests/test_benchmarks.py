@@ -1,4 +1,4 @@
-"""What measures the weights on real scans, by hand and on a folder of three small ones."""
+"""What measures the weights on real scans, and what looks for leaks: by hand, and on a few small scans."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from benchmarks import real_accuracy
+from benchmarks import real_accuracy, soak
 from benchmarks.networks import FUSED
 from benchmarks.real_accuracy import blind, ellipsoid, figures, summary
 from inference.volume import read_volume
@@ -68,3 +68,21 @@ def test_real_scans_are_judged_by_network(random_weights: Path, tmp_path: Path) 
     assert told["ellipsoid_size"] == 0.5
     assert read_volume(tmp_path / "some" / "images" / "A_0000.nii.gz").hu.shape == (10, 24, 30)
     assert out.with_suffix(".png").stat().st_size > 10_000
+
+
+def test_drift_by_hand() -> None:
+    """A tenth of the 40 cases after the first 20 is 4: 100 MiB, then 102; a file more. Not the rest."""
+    looks = [soak.Look(done, 100.0 if done < 24 else 500.0, 5) for done in range(56)]
+    looks += [soak.Look(done, mib, 6) for done, mib in ((56, 101.0), (58, 102.0), (60, 103.0))]
+    told = soak.drift(looks, 60)
+    assert told == {"early_mib": 100, "late_mib": 102, "drift_percent": 2, "more_files": 1}
+    with pytest.raises(ValueError, match="too few"):
+        soak.drift(looks[:10], 60)
+
+
+def test_a_short_soak(random_weights: Path, tmp_path: Path) -> None:
+    soak.main(soak.Settings(60, str(random_weights), tmp_path / "soak.json"))
+    told = json.loads((tmp_path / "soak.json").read_text())
+    assert told["early_mib"] > 50
+    assert told["more_files"] <= 1
+    assert (tmp_path / "soak.png").stat().st_size > 5000

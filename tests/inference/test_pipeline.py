@@ -15,6 +15,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from inference import pipeline as pipeline_module
 from inference.fusion import FusionThresholds
 from inference.hybrid.config import HybridConfig
 from inference.hybrid.model import Hybrid, HybridOutput
@@ -22,6 +23,7 @@ from inference.hybrid.predict import predict_slices
 from inference.pipeline import Pipeline
 from inference.slices import SliceGrid
 from inference.unet import GridProbability
+from inference.volume import write_mask
 from inference.weights import Gate
 
 BRIGHT_HU, WINDOW_HU = 200, (100.0, 300.0)  # not the window of any weights: the manifest's has to be used
@@ -96,8 +98,24 @@ def test_the_mask_is_the_bright_block(
     assert overlap > 0.9  # 4 mm voxels on pixels of 300/256 mm and back: edges may move by less than a voxel
     assert not report.healthy
     assert report.lesions == 1
+    assert report.volume_ml == pytest.approx(mask.sum() * 0.064)
     near = np.argwhere(mask).mean(axis=0) - np.argwhere(lesion).mean(axis=0)
     assert np.abs(near).max() < 0.2
+
+
+def test_lesions_and_volume_are_those_of_the_file(random_weights: Path, tmp_path: Path, monkeypatch) -> None:
+    """Two lumps of 8 and 4 voxels of 0.064 ml, written instead of what the networks found."""
+    scan(tmp_path / "x_0000.nii.gz", affine((0, 1, 2), (-1, -1, 1)))
+
+    def write_others(mask: np.ndarray, *place: object) -> None:
+        other = np.zeros_like(mask)
+        other[2:4, 2:4, 2:4] = other[8:12, 20, 20] = 1
+        write_mask(other, *place)
+
+    monkeypatch.setattr(pipeline_module, "write_mask", write_others)
+    report = Pipeline(random_weights).run(tmp_path / "x_0000.nii.gz", tmp_path)
+    assert report.lesions == 2
+    assert report.volume_ml == pytest.approx(12 * 0.064)
 
 
 def test_a_scan_without_anything_bright_is_healthy(random_weights: Path, tmp_path: Path) -> None:

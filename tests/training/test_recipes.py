@@ -53,4 +53,5 @@ def test_crops_hold_the_tumour_and_stay_where_they_were_in_space(tmp_path) -> No
     drawn = [entry for entry in implants if entry.patient == "X"]
     assert len(drawn) == 20
     assert all(entry.annotated == "partial" for entry in drawn)
+    assert {entry.patient for entry in split((out / "implants",), 1)[1]} == {"X"}
     assert any(load_case(entry).label.any() for entry in drawn)

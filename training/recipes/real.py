@@ -5,7 +5,8 @@
 OUT/sarcomas: the training scans. They were cut 5 cm around each tumour, so that the borders tell where it is: each
 comes several times, of each of its six margins another random share cut away, as it was done to the validation scans;
 but the last six patients once, since those are what a training validates on. OUT/held_out: those six, for thresholds.
-OUT/implants: drawn lesions in the abdomen and in the other sarcoma scans, for a real scanner's texture.
+OUT/implants: drawn lesions in the other sarcoma scans, for a real scanner's texture, and in the abdomen, whose name is
+the last, so that a training validates on it: what it finds in a region of the body that it knows from phantoms only.
 """
 
 from __future__ import annotations

@@ -1,0 +1,129 @@
+"""Many cases in one process: its memory and its open files must not grow.
+
+    python -m benchmarks.soak --cases 300
+
+The scans are of ten sizes, in turn. Memory is looked at from outside while the program works; the drift is that of the
+mean of the last tenth of the cases over the mean of the tenth after the first twenty.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import subprocess
+import tempfile
+import time
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import matplotlib
+import nibabel as nib
+import numpy as np
+import psutil
+import tyro
+from tqdm import tqdm
+
+from benchmarks.kills import body_of_noise, command
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+SIZES = [(48 + 8 * n, 40 + 4 * n, 12 + n) for n in range(10)]  # voxels (i, j, k)
+WARM_UP = 20  # cases
+PERIOD_S = 0.02
+
+
+@dataclass(frozen=True)
+class Settings:
+    cases: int = 300
+    weights: str = "small"
+    out: Path = Path("benchmarks/results/soak.json")  # and a picture beside it
+
+
+class Look(NamedTuple):
+    """done: cases; mib: resident memory; files: open ones."""
+
+    done: int
+    mib: float
+    files: int
+
+
+def write_scans(folder: Path, cases: int) -> None:
+    folder.mkdir(parents=True)
+    for case in range(cases):
+        hu = body_of_noise(SIZES[case % len(SIZES)], seed=case)
+        nib.save(nib.Nifti1Image(hu, np.diag([3.0, 3, 5, 1])), folder / f"c{case:04d}_0000.nii.gz")
+
+
+def watch(call: list[str], out: Path, cases: int) -> list[Look]:
+    """Run the program and look at it until it ends. RuntimeError where it fails or a mask is missing."""
+    looks: list[Look] = []
+    with (
+        subprocess.Popen(call, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process,
+        tqdm(total=cases, unit="case") as bar,
+    ):
+        program = psutil.Process(process.pid)
+        while process.poll() is None:
+            done = len(list(out.glob("*.nii.gz")))
+            try:
+                looks.append(Look(done, program.memory_info().rss / 2**20, program.num_fds()))
+            except psutil.Error:  # it ended meanwhile
+                break
+            bar.update(done - bar.n)
+            time.sleep(PERIOD_S)
+        said = process.communicate()[1]
+    if process.returncode or len(list(out.glob("*.nii.gz"))) != cases:
+        raise RuntimeError(f"the program ended with {process.returncode}: {said.decode().strip()}")
+    return looks
+
+
+def drift(looks: list[Look], cases: int) -> dict[str, float]:
+    """Growth of memory and of open files from the tenth of the cases after the warm-up to the last tenth."""
+    share = max(1, (cases - WARM_UP) // 10)
+    early = [look for look in looks if WARM_UP <= look.done < WARM_UP + share]
+    late = [look for look in looks if look.done >= cases - share]
+    if not early or not late:
+        raise ValueError(f"--cases {cases}: too few to tell a drift after the first {WARM_UP}: give 100 or more")
+    mib = [float(np.mean([look.mib for look in part])) for part in (early, late)]
+    files = [max(look.files for look in part) for part in (early, late)]
+    return {
+        "early_mib": round(mib[0], 1),
+        "late_mib": round(mib[1], 1),
+        "drift_percent": round(100 * (mib[1] / mib[0] - 1), 2),
+        "more_files": files[1] - files[0],
+    }
+
+
+def draw(looks: list[Look], path: Path) -> None:
+    figure, axis = plt.subplots(figsize=(8, 3.2), layout="constrained")
+    axis.plot([look.done for look in looks], [look.mib for look in looks], ".", color="#2a78b5", markersize=3)
+    axis.set(xlabel="cases done", ylabel="resident memory (MiB)", ylim=(0, None))
+    axis.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def main(settings: Settings) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        scans, out = Path(folder) / "scans", Path(folder) / "out"
+        write_scans(scans, settings.cases)
+        began = time.monotonic()
+        looks = watch(command(scans, out, settings.weights), out, settings.cases)
+    told: dict[str, Any] = {
+        "date": datetime.now(UTC).date().isoformat(),
+        "command": f"python -m benchmarks.soak --cases {settings.cases}",
+        "machine": f"{platform.machine()}, CPU",
+        "cases": settings.cases,
+        "seconds": round(time.monotonic() - began, 1),
+        **drift(looks, settings.cases),
+    }
+    settings.out.parent.mkdir(parents=True, exist_ok=True)
+    settings.out.write_text(json.dumps(told, indent=1) + "\n")
+    draw(looks, settings.out.with_suffix(".png"))
+    print(json.dumps(told, indent=1))
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Settings, description=__doc__))
