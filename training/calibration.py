@@ -33,7 +33,7 @@ from inference.weights import MANIFEST, Gate
 from training.data import Case, load_case, read_folder
 from training.losses import dice
 from training.release import write_manifest
-from training.sources import by_source
+from training.sources import by_source, short_names
 
 TOLERANCE_MM = 2.0  # of the NSD, as FLARE grades
 WITHHELD = 0.05  # of the slices with a lesion may be taken for free of any
@@ -157,16 +157,12 @@ def choose_slice_gate(pipeline: Pipeline, cases: Iterable[Case]) -> Gate:
 
 
 def judge(cases: list[Predicted], operating: Operating, network: str, measure: Measure = Predicted.dice) -> float:
-    """Mean over the folders of what is said of each."""
-    return float(np.mean([judge_folder(group, operating, network, measure) for group in by_source(cases).values()]))
-
-
-def judge_folder(cases: list[Predicted], operating: Operating, network: str, measure: Measure) -> float:
-    """Mean of the measure, less the share of healthy cases with a false positive that is beyond the limit."""
-    scores = np.array([measure(case, operating, network) for case in cases])
-    healthy = np.array([not case.label.any() for case in cases])
-    false_positive = float(np.mean(scores[healthy] == 0)) if healthy.any() else 0.0
-    return float(scores.mean()) - max(0.0, false_positive - HEALTHY_LIMIT)
+    """Mean of the folders' means, less the share of all healthy cases with a false positive beyond the limit."""
+    groups = [[(case, measure(case, operating, network)) for case in group] for group in by_source(cases).values()]
+    healthy = [score for group in groups for case, score in group if not case.label.any()]
+    false_positive = float(np.mean(np.array(healthy) == 0)) if healthy else 0.0
+    means = [np.mean([score for _, score in group]) for group in groups]
+    return float(np.mean(means)) - max(0.0, false_positive - HEALTHY_LIMIT)
 
 
 def improve(network: str, chosen: Operating, judged: Callable[[Operating], float]) -> tuple[float, Operating]:
@@ -234,10 +230,12 @@ def main(settings: Settings) -> None:
     cases = [predict(pipeline, load_case(entry)) for entry in tqdm(entries, desc="cases", unit="case")]
     manifest = json.loads((settings.weights / MANIFEST).read_text())
     record: dict[str, Any] = {"cases": len(cases)}
+    groups = by_source(cases)
+    short = short_names(groups)
     for network, (chosen, best) in calibrate_all(cases, gate).items():
         means = {
-            source.name: round(float(np.mean([case.dice(chosen, network) for case in group])), 4)
-            for source, group in by_source(cases).items()
+            short[source]: round(float(np.mean([case.dice(chosen, network) for case in group])), 4)
+            for source, group in groups.items()
         }
         record[network] = {**asdict(chosen), "mean_dice": means, "judged": round(best, 4)}
         print(f"{network}: {best:.3f}, mean Dice {means} of {len(cases)} cases, {chosen}")

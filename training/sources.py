@@ -34,6 +34,13 @@ def by_source(cases: Iterable[T]) -> dict[Path, list[T]]:
     return groups
 
 
+def short_names(folders: Iterable[Path]) -> dict[Path, str]:
+    """The last part of each path, or all of it where another one ends alike."""
+    folders = list(folders)
+    ends = [folder.name for folder in folders]
+    return {folder: folder.name if ends.count(folder.name) == 1 else str(folder) for folder in folders}
+
+
 class Sources(Generic[T]):
     """Draws from which folder a member of a batch comes."""
 
@@ -63,6 +70,7 @@ def scores_by_source(
     means = {source: run.mean([judge(case) for case in run.own(group)], len(names)) for source, group in groups.items()}
     scores = dict(zip(names, np.mean(list(means.values()), axis=0).tolist(), strict=True))
     if len(groups) > 1:
+        short = short_names(groups)
         for source, values in means.items():
-            scores |= {f"{name}_{source.name}": float(value) for name, value in zip(names, values, strict=True)}
+            scores |= {f"{name}_{short[source]}": float(value) for name, value in zip(names, values, strict=True)}
     return scores

@@ -15,7 +15,7 @@ from inference.unet import UNetConfig
 from training import unet_training
 from training.data import read_folder, split
 from training.losses import soft_dice_loss
-from training.sources import Sources, scores_by_source
+from training.sources import Sources, scores_by_source, short_names
 from training.unet_data import PatchSampler, grid_cases
 
 
@@ -45,6 +45,12 @@ def test_a_batch_holds_each_folder_in_its_share() -> None:
     assert counts[:, 0].mean() == pytest.approx(1.8, abs=0.05)
     counts = drawn(Sources(CASES), 4, 50)  # as many as there are cases
     assert (counts == (1, 3)).all()
+
+
+def test_folders_of_one_name_are_told_apart() -> None:
+    assert short_names([Path("a/held_out"), Path("b/held_out"), Path("b/more")]) == {
+        Path("a/held_out"): "a/held_out", Path("b/held_out"): "b/held_out", Path("b/more"): "more"
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("shares", [(1.0,), (1.0, 0.0), (1.0, 1.0, 1.0)])
