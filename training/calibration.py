@@ -157,12 +157,16 @@ def choose_slice_gate(pipeline: Pipeline, cases: Iterable[Case]) -> Gate:
 
 
 def judge(cases: list[Predicted], operating: Operating, network: str, measure: Measure = Predicted.dice) -> float:
-    """Mean of the folders' means, less the share of all healthy cases with a false positive beyond the limit."""
-    groups = [[(case, measure(case, operating, network)) for case in group] for group in by_source(cases).values()]
-    healthy = [score for group in groups for case, score in group if not case.label.any()]
-    false_positive = float(np.mean(np.array(healthy) == 0)) if healthy else 0.0
-    means = [np.mean([score for _, score in group]) for group in groups]
-    return float(np.mean(means)) - max(0.0, false_positive - HEALTHY_LIMIT)
+    """Mean over the folders of what `judge_folder` says of each."""
+    return float(np.mean([judge_folder(group, operating, network, measure) for group in by_source(cases).values()]))
+
+
+def judge_folder(cases: list[Predicted], operating: Operating, network: str, measure: Measure) -> float:
+    """Mean of the measure, less the share of healthy cases with a false positive that is beyond the limit."""
+    scores = np.array([measure(case, operating, network) for case in cases])
+    healthy = np.array([not case.label.any() for case in cases])
+    false_positive = float(np.mean(scores[healthy] == 0)) if healthy.any() else 0.0
+    return float(scores.mean()) - max(0.0, false_positive - HEALTHY_LIMIT)
 
 
 def improve(network: str, chosen: Operating, judged: Callable[[Operating], float]) -> tuple[float, Operating]:

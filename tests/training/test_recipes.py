@@ -37,7 +37,7 @@ def test_crops_hold_the_tumour_and_stay_where_they_were_in_space(tmp_path) -> No
     command = [sys.executable, str(RECIPE), str(data), str(out), "--crops", "4"]
     subprocess.run(command, check=True, cwd=RECIPE.parents[2], env={"PYTHONPATH": "."}, capture_output=True)
     shapes = set()
-    for entry in read_folder(out / "sarcomas") + read_folder(out / "held_out"):
+    for entry in read_folder(out / "sarcomas") + read_folder(out / "sarcomas_held_out"):
         scan = nib.Nifti1Image.from_filename(entry.scan)
         shapes.add(scan.shape)
         place = np.linalg.inv(AFFINE) @ scan.affine[:, 3]  # of the crop's first voxel in the whole scan
@@ -47,7 +47,7 @@ def test_crops_hold_the_tumour_and_stay_where_they_were_in_space(tmp_path) -> No
     training, held_out = split((out / "sarcomas",), 6)
     assert [entry.patient for entry in training] == [*"AAAABBBB"]
     assert [entry.patient for entry in held_out] == [*"CDEFGH"]
-    assert [entry.patient for entry in read_folder(out / "held_out")] == [*"CCDDEEFFGGHH"]
+    assert [entry.patient for entry in read_folder(out / "sarcomas_held_out")] == [*"CCDDEEFFGGHH"]
     implants = read_folder(out / "implants")
     assert sorted({entry.patient for entry in implants}) == ["A", "B", "X"]
     drawn = [entry for entry in implants if entry.patient == "X"]

@@ -4,7 +4,8 @@
 
 OUT/sarcomas: the training scans. They were cut 5 cm around each tumour, so that the borders tell where it is: each
 comes several times, of each of its six margins another random share cut away, as it was done to the validation scans;
-but the last six patients once, since those are what a training validates on. OUT/held_out: those six, for thresholds.
+but the last six patients once, since those are what a training validates on. OUT/sarcomas_held_out: those six again, to
+choose thresholds on.
 OUT/implants: drawn lesions in the other sarcoma scans, for a real scanner's texture, and in the abdomen, whose name is
 the last, so that a training validates on it: what it finds in a region of the body that it knows from phantoms only.
 """
@@ -81,7 +82,7 @@ def main(data: Positional[Path], out: Positional[Path], crops: int = 8) -> None:
     cases = [entry(data / "sts", name) for name in names]
     learnt, kept = cases[:-HELD_OUT], cases[-HELD_OUT:]
     write_crops(cases, out / "sarcomas", [crops] * len(learnt) + [1] * len(kept), seed=0)
-    write_crops(kept, out / "held_out", [2] * len(kept), seed=1)
+    write_crops(kept, out / "sarcomas_held_out", [2] * len(kept), seed=1)
     fresh(out / "implants")
     abdomen = [
         # a lesion that nobody looked for may be in it: what is drawn is not all there is to know

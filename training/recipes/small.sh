@@ -19,7 +19,7 @@ phantoms() {
 phantoms phantoms_1 743 1000
 phantoms phantoms_2 480 4000
 phantoms phantoms_3 540 5000
-phantoms held_out 48 2000
+phantoms phantoms_held_out 48 2000
 [ -e "$work/real/implants/cases.csv" ] || python "$(dirname "$0")/real.py" "$data" "$work/real"
 
 # Many steps on small patches teach what a lesion is; batch norm lets larger ones finish the work.
@@ -53,4 +53,4 @@ $run hybrid $third --out "$work/hybrid_3" --weights "$work/hybrid_2/hybrid.safet
     --learning-rate 1.2e-3 --crop-share 0.45
 
 $run release --hybrid "$work/hybrid_3/hybrid.safetensors" --unet "$work/unet_3/unet.onnx" --out "$work/weights"
-$run calibrate --data "$work/held_out" "$work/real/held_out" --weights "$work/weights"
+$run calibrate --data "$work/phantoms_held_out" "$work/real/sarcomas_held_out" --weights "$work/weights"
