@@ -20,11 +20,10 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import tyro
-from numpy.typing import NDArray
 from tqdm import tqdm
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-CASES = 10
+SHAPES = [(48, 40, 12)] * 10
 SIGNALS = (signal.SIGKILL, signal.SIGTERM)
 
 
@@ -35,19 +34,14 @@ class Settings:
     weights: str = "small"
 
 
-def write_scans(folder: Path) -> None:
-    """Ten bodies of 40 HU with noise, 48×40×12 voxels of 3×3×5 mm."""
+def write_scans(folder: Path, shapes: Sequence[tuple[int, int, int]] = SHAPES) -> None:
+    """Bodies of 40 HU with noise, so many voxels (i, j, k) of 3×3×5 mm each."""
     folder.mkdir(parents=True)
-    for case in range(CASES):
-        hu = body_of_noise((48, 40, 12), seed=case)
-        nib.save(nib.Nifti1Image(hu, np.diag([3.0, 3, 5, 1])), folder / f"c{case}_0000.nii.gz")
-
-
-def body_of_noise(shape: tuple[int, int, int], seed: int) -> NDArray[np.int16]:
-    """An ellipsoid of 40 HU in air, with noise of 10 HU."""
-    axes = np.meshgrid(*(np.linspace(-1, 1, n) for n in shape), indexing="ij")
-    body = np.where(sum(a**2 for a in axes) < 0.8, 40, -1000)
-    return (body + np.random.default_rng(seed).normal(0, 10, shape)).astype(np.int16)
+    for case, shape in enumerate(shapes):
+        axes = np.meshgrid(*(np.linspace(-1, 1, n) for n in shape), indexing="ij")
+        body = np.where(sum(a**2 for a in axes) < 0.8, 40, -1000)
+        hu = body + np.random.default_rng(case).normal(0, 10, shape)
+        nib.save(nib.Nifti1Image(hu.astype(np.int16), np.diag([3.0, 3, 5, 1])), folder / f"c{case}_0000.nii.gz")
 
 
 def command(scans: Path, out: Path, weights: str, *options: str) -> list[str]:

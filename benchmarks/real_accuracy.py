@@ -28,6 +28,7 @@ from eval.lesions import detect
 from eval.scores import score
 from inference.pipeline import Spacing, voxel_volume_ml
 from inference.volume import Volume, read_label, read_volume
+from training.losses import dice
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -52,18 +53,14 @@ def ellipsoid(shape: tuple[int, ...], size: float) -> NDArray[np.uint8]:
     return (radii <= 1).astype(np.uint8)
 
 
-def blind(labels: dict[str, tuple[NDArray[np.uint8], Volume]]) -> tuple[float, dict[str, NDArray[np.uint8]]]:
+def blind(labels: Masks) -> tuple[float, Masks]:
     """The size of the ellipsoid that suits all of these best by their mean Dice, and its mask for each."""
 
     def mean_dice(size: float) -> float:
-        return float(np.mean([overlap(ellipsoid(label.shape, size), label) for label, _ in labels.values()]))
+        return float(np.mean([dice(ellipsoid(label.shape, size), label) for label in labels.values()]))
 
     best = max(SIZES, key=mean_dice)
-    return float(best), {case: ellipsoid(label.shape, best) for case, (label, _) in labels.items()}
-
-
-def overlap(found: NDArray[np.uint8], label: NDArray[np.uint8]) -> float:
-    return 2 * float((found & label).sum()) / float(found.sum() + label.sum())
+    return float(best), {case: ellipsoid(label.shape, best) for case, label in labels.items()}
 
 
 def figures(mask: NDArray[np.uint8], label: NDArray[np.uint8], spacing_mm: Spacing) -> dict[str, Any]:
@@ -122,13 +119,14 @@ def judge_folder(
     scans = {name: folder / "images" / f"{name}_0000.nii.gz" for name in names}
     volumes = {name: read_volume(scan) for name, scan in scans.items()}
     labels = {
-        name: ((read_label(folder / "labels" / f"{name}.nii.gz", volume.geometry) > 0).astype(np.uint8), volume)
+        name: (read_label(folder / "labels" / f"{name}.nii.gz", volume.geometry) > 0).astype(np.uint8)
         for name, volume in volumes.items()
     }
     size, guesses = blind(labels)
     cases, drawn = {}, {}
     with tempfile.TemporaryDirectory() as out:
-        for name, (label, volume) in tqdm(labels.items(), desc=folder.name, unit="case"):
+        for name, label in tqdm(labels.items(), desc=folder.name, unit="case"):
+            volume = volumes[name]
             _, masks = pipeline.masks(scans[name], Path(out))
             masks[ELLIPSOID] = guesses[name]
             cases[name] = {network: figures(mask, label, volume.spacing_mm) for network, mask in masks.items()}

@@ -19,13 +19,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import matplotlib
-import nibabel as nib
 import numpy as np
 import psutil
 import tyro
 from tqdm import tqdm
 
-from benchmarks.kills import body_of_noise, command
+from benchmarks.kills import command, write_scans
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -48,13 +47,6 @@ class Look(NamedTuple):
     done: int
     mib: float
     files: int
-
-
-def write_scans(folder: Path, cases: int) -> None:
-    folder.mkdir(parents=True)
-    for case in range(cases):
-        hu = body_of_noise(SIZES[case % len(SIZES)], seed=case)
-        nib.save(nib.Nifti1Image(hu, np.diag([3.0, 3, 5, 1])), folder / f"c{case:04d}_0000.nii.gz")
 
 
 def watch(call: list[str], out: Path, cases: int) -> list[Look]:
@@ -108,7 +100,7 @@ def draw(looks: list[Look], path: Path) -> None:
 def main(settings: Settings) -> None:
     with tempfile.TemporaryDirectory() as folder:
         scans, out = Path(folder) / "scans", Path(folder) / "out"
-        write_scans(scans, settings.cases)
+        write_scans(scans, [SIZES[case % len(SIZES)] for case in range(settings.cases)])
         began = time.monotonic()
         looks = watch(command(scans, out, settings.weights), out, settings.cases)
     told: dict[str, Any] = {

@@ -12,7 +12,6 @@ import pytest
 from benchmarks import real_accuracy, soak
 from benchmarks.networks import FUSED
 from benchmarks.real_accuracy import blind, ellipsoid, figures, summary
-from inference.volume import read_volume
 
 
 def test_ellipsoid_by_hand() -> None:
@@ -26,10 +25,10 @@ def test_ellipsoid_by_hand() -> None:
 
 
 def test_the_blind_ellipsoid_suits_all_scans_best() -> None:
-    labels = {name: (ellipsoid(shape, 0.6), None) for name, shape in (("a", (40, 50, 60)), ("b", (30, 30, 30)))}
-    size, masks = blind(labels)  # type: ignore[arg-type]
+    labels = {name: ellipsoid(shape, 0.6) for name, shape in (("a", (40, 50, 60)), ("b", (30, 30, 30)))}
+    size, masks = blind(labels)
     assert size == pytest.approx(0.6)
-    assert all((masks[name] == label).all() for name, (label, _) in labels.items())
+    assert all((masks[name] == label).all() for name, label in labels.items())
 
 
 def test_figures_by_hand() -> None:
@@ -66,7 +65,6 @@ def test_real_scans_are_judged_by_network(random_weights: Path, tmp_path: Path) 
     assert set(told["cases"]["A"]) == {FUSED, "hybrid", "unet", "ellipsoid"}
     assert told["ellipsoid"]["dsc"] == 1
     assert told["ellipsoid_size"] == 0.5
-    assert read_volume(tmp_path / "some" / "images" / "A_0000.nii.gz").hu.shape == (10, 24, 30)
     assert out.with_suffix(".png").stat().st_size > 10_000
 
 

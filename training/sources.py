@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Generic, Protocol, TypeVar
+from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from training.loop import Run
+if TYPE_CHECKING:
+    from training.loop import Run
 
 
 class Sourced(Protocol):
@@ -53,7 +54,7 @@ class Sources(Generic[T]):
         self.limits = np.cumsum(weights) / sum(weights)
 
     def draw(self, rng: np.random.Generator, member: int, batch: int) -> int:
-        """Index of a folder, stratified: what a batch holds of each differs from its share by less than one."""
+        """Index of a folder, stratified: what a batch holds of each differs from its share by less than two."""
         place = (member + rng.random()) / batch
         return min(int(np.searchsorted(self.limits, place, side="right")), len(self.groups) - 1)
 
