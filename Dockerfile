@@ -1,11 +1,16 @@
 # The image that graders run: inference/, its weights and what they need, nothing else (see .dockerignore).
 #
+#     docker build --target slim -t samcancer .            # ONNX Runtime alone; also what no target gives
+#     docker build --target torch -t samcancer:torch .     # with torch, for `--engine torch`
+#
 # hadolint's rules, where this file departs from what it or a reader may expect:
 #   DL3002 (last user is not root): there is no USER line. Graders mount an outputs/ that root owns, mode 0755, so the default
 #          user has to be root; any other `--user` works as well, because nothing is written outside outputs/.
 #   DL3006, DL3007 (pin the tag): 3.11-slim moves with Python's and Debian's fixes on purpose; what decides the masks, the
-#          Python packages, is pinned exactly in requirements.lock, with what they need and with hashes (what DL3013 asks for).
-FROM python:3.11-slim
+#          Python packages, is pinned exactly in the locks, with what they need and with hashes (what DL3013 asks for).
+#          `--build-arg BASE=python:3.11-slim@sha256:…` fixes the base as well.
+ARG BASE=python:3.11-slim
+FROM ${BASE} AS base
 
 LABEL org.opencontainers.image.title="samcancer" \
       org.opencontainers.image.description="Fully automatic cancer segmentation in CT: reads /workspace/inputs, writes /workspace/outputs" \
@@ -14,31 +19,57 @@ LABEL org.opencontainers.image.title="samcancer" \
 
 WORKDIR /workspace
 
-# The slow layer first: it stays as it is while code and weights change. pip compiles what it installs, so no start pays for that.
-# The pins decide alone: constraints that the builder's pip may be set up with name files that are not there in a build.
-COPY requirements.lock ./
-RUN PIP_CONSTRAINT=/dev/null pip install --no-cache-dir --disable-pip-version-check --root-user-action=ignore \
-        --require-hashes -r requirements.lock
-
-COPY weights/ weights/
-COPY inference/ inference/
-COPY predict.sh ./
-# Hashes, not times, tie the bytecode to its source: they survive tools that rewrite file times. Any `--user` can read all of it,
-# whatever the umask of the checkout was (only what differs is touched: a changed mode copies the file into one more layer).
-RUN python -m compileall -q --invalidation-mode checked-hash inference \
-    && find . \( ! -perm -004 -o -type d ! -perm -005 \) -exec chmod a+rX {} + \
-    && mkdir -p inputs outputs
-
-# No run writes outside outputs/: bytecode is compiled above, and a cache of CUDA's compiler would die with the container. torch's
-# own compiler is not used; should some part of torch import it, it makes the folder for its cache at once, named after a user that
-# `--user` may not have; one that exists is left as it is.
+# No run writes outside outputs/: bytecode is compiled below, and a cache of CUDA's compiler would die with the container.
 # The NVIDIA_ variables ask the NVIDIA runtime for the devices where `--gpus` is not given, and for NVML besides CUDA.
 ENV PYTHONDONTWRITEBYTECODE=1 \
     PYTHONUNBUFFERED=1 \
     CUDA_CACHE_DISABLE=1 \
-    TORCHINDUCTOR_CACHE_DIR=/tmp \
     NVIDIA_VISIBLE_DEVICES=all \
     NVIDIA_DRIVER_CAPABILITIES=compute,utility
 
 # CMD, not ENTRYPOINT: graders give their own command, /bin/bash -c "sh predict.sh".
 CMD ["/bin/bash", "-c", "sh predict.sh"]
+
+
+FROM base AS program
+
+COPY weights/ weights/
+COPY inference/ inference/
+COPY predict.sh ./
+# Hashes, not times, tie the bytecode to its source: they survive tools that rewrite file times. Any `--user` can read all of it,
+# whatever the umask of the checkout was.
+RUN python -m compileall -q --invalidation-mode checked-hash inference \
+    && find . \( ! -perm -004 -o -type d ! -perm -005 \) -exec chmod a+rX {} + \
+    && mkdir -p inputs outputs
+
+
+# In both targets the slow layer comes first: it stays as it is while code and weights change. pip compiles what it installs, so
+# no start pays for that. The pins decide alone: constraints that the builder's pip may be set up with name files that are not
+# there in a build.
+FROM base AS slim
+
+COPY requirements.lock ./
+# Of CUDA's libraries go those that nothing here loads: cuDNN's for recurrent networks and attention (its other parts do not refer to
+# it), what cuFFT needs for callbacks, second copies, headers.
+RUN chmod a+r requirements.lock \
+    && PIP_CONSTRAINT=/dev/null pip install --no-cache-dir --disable-pip-version-check --root-user-action=ignore \
+        --require-hashes -r requirements.lock \
+    && cd "$(python -c 'import nvidia; print(*nvidia.__path__)')" \
+    && rm -r */include cudnn/lib/libcudnn_adv.so.9 cuda_nvrtc/lib/*.alt.* cublas/lib/libnvblas.so.* cufft/lib/libcufftw.so.* \
+    && rm -r nvjitlink
+COPY --from=program /workspace /workspace
+
+
+FROM base AS torch
+
+COPY requirements-torch.lock ./
+RUN chmod a+r requirements-torch.lock \
+    && PIP_CONSTRAINT=/dev/null pip install --no-cache-dir --disable-pip-version-check --root-user-action=ignore \
+        --require-hashes -r requirements-torch.lock
+COPY --from=program /workspace /workspace
+# torch's own compiler is not used; should some part of torch import it, it makes the folder for its cache at once, named after a
+# user that `--user` may not have; one that exists is left as it is.
+ENV TORCHINDUCTOR_CACHE_DIR=/tmp
+
+
+FROM slim

@@ -1,17 +1,19 @@
 SHELL := /bin/sh
 PYTHON ?= python3
 IMAGE ?= samcancer
+TARGET ?= slim
 
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
-.PHONY: demo test lint image upload sbom audit clean
+.PHONY: demo test lint image upload locks sbom audit peers clean
 SUPPLY := build/supply
+PEERS := build/peers
 
 # The stamp is made last, so that an installation that broke off is done again.
 .venv: .venv/.complete
-.venv/.complete: requirements.txt pyproject.toml
+.venv/.complete: requirements.txt requirements-torch.txt pyproject.toml
 	$(PYTHON) -m venv .venv
-	.venv/bin/python -m pip install --quiet -r requirements.txt -e '.[eval,training,dev]'
+	.venv/bin/python -m pip install --quiet -r requirements-torch.txt -e '.[eval,training,dev]'
 	touch $@
 
 lint: .venv
@@ -31,7 +33,7 @@ test: .venv
 # With the machine's own docker, or, where CONTAINER_ENGINE names a script that brings an engine up, with that (the full name,
 # because buildah would tag localhost/NAME, and the archive would not hold the NAME that graders run).
 WITH_ENGINE = $(if $(CONTAINER_ENGINE),source "$(CONTAINER_ENGINE)" &&)
-BUILD = $(if $(CONTAINER_ENGINE),container_build docker.io/library/$(IMAGE):latest . --layers,docker build -t $(IMAGE):latest .)
+BUILD = $(if $(CONTAINER_ENGINE),container_build docker.io/library/$(IMAGE):latest . --layers --target $(TARGET),docker build --target $(TARGET) -t $(IMAGE):latest .)
 
 image:
 	bash -c '$(WITH_ENGINE) $(BUILD)'
@@ -42,16 +44,18 @@ upload: image
 	$$(command -v pigz || command -v gzip) --force $(IMAGE).tar
 	ls -l $(IMAGE).tar.gz
 
-# What the image installs, with all that it needs and the hashes of their files: after a change of requirements.txt.
-requirements.lock: requirements.txt $(SUPPLY)/.complete
-	$(SUPPLY)/bin/uv pip compile requirements.txt --quiet --generate-hashes --no-header --no-annotate \
+# What an image installs, with all that it needs and the hashes of their files: `make locks` after a change of their pins.
+locks: requirements.lock requirements-torch.lock
+requirements-torch.lock: requirements.txt
+%.lock: %.txt $(SUPPLY)/.complete
+	$(SUPPLY)/bin/uv pip compile $< --quiet --generate-hashes --no-header --no-annotate \
 	    --python-version 3.11 --python-platform x86_64-manylinux_2_28 -o $@
 
-# What the image's Python packages are, for whoever has to know (CycloneDX).
+# What the Python packages of the target `slim` are, for whoever has to know (CycloneDX).
 sbom: $(SUPPLY)/.complete
 	$(SUPPLY)/bin/cyclonedx-py requirements requirements.lock --pyproject pyproject.toml --output-reproducible -o sbom.json
 
-# Known vulnerabilities of the image's Python packages; asks a service on the net.
+# Known vulnerabilities of those; asks a service on the net.
 audit: $(SUPPLY)/.complete
 	$(SUPPLY)/bin/pip-audit --requirement requirements.lock --require-hashes --disable-pip
 
@@ -59,6 +63,15 @@ audit: $(SUPPLY)/.complete
 $(SUPPLY)/.complete: Makefile
 	$(PYTHON) -m venv $(SUPPLY)
 	$(SUPPLY)/bin/pip install --quiet uv==0.13.9 cyclonedx-bom==7.5.0 pip-audit==2.10.1
+	touch $@
+
+# Other teams' networks, for the benchmarks that compare with them. They take the checkout's torch, which is large.
+peers: $(PEERS)/.complete
+$(PEERS)/.complete: benchmarks/peers.txt .venv/.complete
+	$(PYTHON) -m venv $(PEERS)
+	.venv/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" \
+	    > $$($(PEERS)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/checkout.pth
+	$(PEERS)/bin/pip install --quiet -r benchmarks/peers.txt
 	touch $@
 
 # What can be made again in a moment; .venv/, runs/, cache/ and uploads stay.

@@ -31,6 +31,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 Spans = dict[str, tuple[float, float]]  # stage → begin and end, seconds since the process was started
+TRUNK_MM = 750.0
 COLOURS = {"start": "#8c8c8c", "case": "#2a78b5"}
 
 
@@ -39,18 +40,21 @@ class Settings:
     slices: int = 100
     runs: int = 3
     device: str = "cpu"
+    engine: str = "onnx"
     weights: str = "small"
     out: Path = Path("benchmarks/results/cold_start.json")  # and a picture beside it
 
 
 def write_scan(folder: Path, slices: int) -> Path:
-    """A phantom of 512×512×100 voxels, cut or repeated to so many slices."""
+    """A phantom of 512×512×100 voxels, cut or repeated to so many slices, which lie within the length of a trunk."""
     prepare(folder)
     path = folder / "imagesTr" / f"{NAME}_0000.nii.gz"
     scan = nib.Nifti1Image.from_filename(path)
     hu = np.asanyarray(scan.dataobj)
     repeated = np.take(hu, np.arange(slices) % hu.shape[2], axis=2)
-    nib.save(nib.Nifti1Image(repeated, scan.affine), path)
+    affine = scan.affine.copy()
+    affine[:3, 2] *= min(1.0, TRUNK_MM / (slices * scan.header.get_zooms()[2]))
+    nib.save(nib.Nifti1Image(repeated, affine), path)
     return path
 
 
@@ -58,7 +62,7 @@ def start_cold(scan: Path, folder: Path, settings: Settings) -> tuple[Spans, Spa
     """Spans of the start and of the case, of one process. RuntimeError with what it said where it failed."""
     report = folder / "report.json"
     command = ["sh", str(REPOSITORY / "predict.sh"), str(scan), str(folder / "out"), "--report", str(report)]
-    command += ["--device", settings.device, "--weights", settings.weights]
+    command += ["--device", settings.device, "--weights", settings.weights, "--engine", settings.engine]
     began = time.time()
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     ended = time.time()
@@ -101,7 +105,8 @@ def main(settings: Settings) -> None:
     start, case = runs[len(runs) // 2]
     told: dict[str, Any] = {
         "date": datetime.now(UTC).date().isoformat(),
-        "command": f"python -m benchmarks.cold_start --slices {settings.slices} --runs {settings.runs}",
+        "command": f"python -m benchmarks.cold_start --slices {settings.slices} --runs {settings.runs} "
+        f"--device {settings.device} --engine {settings.engine} --weights {settings.weights}",
         "machine": f"{platform.machine()}, {os.cpu_count()} CPU cores, {settings.device}",
         "scan": [512, 512, settings.slices],
         "total_s": [round(run[0]["exit"][1], 2) for run in runs],

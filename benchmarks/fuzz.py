@@ -6,7 +6,10 @@ python -m benchmarks.fuzz --count 100000
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import gzip
+import resource
+import sys
 import tempfile
 import time
 from collections import Counter
@@ -22,9 +25,15 @@ from inference.volume import read_volume
 
 SUFFIXES = (".nii", ".nii.gz", ".mha", ".nrrd")
 TEXT_HEADER = 400  # bytes of MHA and NRRD that are damaged
-WORDS = (b"-1", b"0", b"nan", b"1e308", b"99999999999", b"LIST", b"../../etc/passwd", b"gzip", b"raw", b"\n\n", b"3 3")
+WORDS = (
+    *(b"-1", b"0", b"nan", b"1e308", b"99999999999", b"LIST", b"../../etc/passwd", b"gzip", b"raw", b"\n\n", b"3 3"),
+    *(b"\nCompressedData = True\n", b"\nCompressedDataSize = 99999999999999\n", b"\nencoding: gzip\n"),
+    *(b"\nbyte skip: -1\n", b"\nHeaderSize = -1\n", b"\nElementNumberOfChannels = 99999\n"),
+    b"\nsizes: 9999999 9999999 9999999\n",
+)
 MAX_VOXELS = 10**6  # few enough that what is accepted costs little
-SLOW_S = 5.0
+SLOW_S, HANGING_S = 5.0, 60.0
+GROWTH_MIB = 64  # of the whole process, whatever the headers claim
 
 
 def healthy(folder: Path) -> dict[str, bytes]:
@@ -67,6 +76,9 @@ def damaged(rng: np.random.Generator, content: bytes, suffix: str) -> bytes:
 def look(path: Path) -> str:
     """Whether it was "read" or "refused". RuntimeError where that took long, or was not told in one sentence."""
     start, said = time.perf_counter(), "read"
+    faulthandler.dump_traceback_later(
+        HANGING_S, exit=True, file=sys.__stderr__
+    )  # a library that hangs cannot be interrupted otherwise
     try:
         if read_volume(path, MAX_VOXELS).hu.size > MAX_VOXELS:
             raise RuntimeError(f"{path}: more voxels than allowed")
@@ -74,6 +86,7 @@ def look(path: Path) -> str:
         said = "refused"
         if path.name not in str(error) or "\n" in str(error):
             raise RuntimeError(f"{path}: not told in one sentence: {error}") from error
+    faulthandler.cancel_dump_traceback_later()
     if time.perf_counter() - start > SLOW_S:
         raise RuntimeError(f"{path}: took more than {SLOW_S} s")
     return said
@@ -81,13 +94,19 @@ def look(path: Path) -> str:
 
 def run(count: int, seed: int, folder: Path) -> Counter[tuple[str, str]]:
     """How many of each format were read and refused."""
-    sound, seen = healthy(folder), Counter[tuple[str, str]]()
+    sound, seen, most = healthy(folder), Counter[tuple[str, str]](), peak_mib() + GROWTH_MIB
     for index in tqdm(range(count), unit="file", disable=None):
         suffix = SUFFIXES[index % len(SUFFIXES)]
         path = folder / f"damaged{suffix}"
         path.write_bytes(damaged(np.random.default_rng((seed, index)), sound[suffix], suffix))
         seen[suffix, look(path)] += 1
+        if peak_mib() > most:
+            raise RuntimeError(f"{path}: took more than {GROWTH_MIB} MiB")
     return seen
+
+
+def peak_mib() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
 
 
 def main() -> None:

@@ -23,7 +23,7 @@ import tyro
 from tqdm import tqdm
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-SHAPES = [(48, 40, 12)] * 10
+SHAPES = [(40, 36, 4)] * 10
 SIGNALS = (signal.SIGKILL, signal.SIGTERM)
 
 
@@ -37,11 +37,14 @@ class Settings:
 def write_scans(folder: Path, shapes: Sequence[tuple[int, int, int]] = SHAPES) -> None:
     """Bodies of 40 HU with noise, so many voxels (i, j, k) of 3×3×5 mm each."""
     folder.mkdir(parents=True)
+    digits = len(str(len(shapes) - 1))  # in the order of their names, too
     for case, shape in enumerate(shapes):
         axes = np.meshgrid(*(np.linspace(-1, 1, n) for n in shape), indexing="ij")
         body = np.where(sum(a**2 for a in axes) < 0.8, 40, -1000)
         hu = body + np.random.default_rng(case).normal(0, 10, shape)
-        nib.save(nib.Nifti1Image(hu.astype(np.int16), np.diag([3.0, 3, 5, 1])), folder / f"c{case}_0000.nii.gz")
+        nib.save(
+            nib.Nifti1Image(hu.astype(np.int16), np.diag([3.0, 3, 5, 1])), folder / f"c{case:0{digits}}_0000.nii.gz"
+        )
 
 
 def command(scans: Path, out: Path, weights: str, *options: str) -> list[str]:

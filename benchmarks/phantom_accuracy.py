@@ -2,7 +2,8 @@
 
     python -m benchmarks.phantom_accuracy --out benchmarks/results/phantoms.json
 
-Twenty clinical scans, the first five healthy; Dice as FLARE grades it (both empty 1, exactly one empty 0).
+Twenty clinical scans, the first five healthy; Dice as FLARE grades it (both empty 1, exactly one empty 0). A lesion
+is found where the mask touches it.
 """
 
 from __future__ import annotations
@@ -15,16 +16,19 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import cc3d
 import numpy as np
 from tqdm import tqdm
 
 from benchmarks.networks import Recorder
+from eval.lesions import detect
 from inference.pipeline import voxel_volume_ml
 from training.losses import dice
 from training.phantom import PHANTOM_VERSION, Scanner, make_phantom, write_flare
 
 FIRST_SEED, COUNT, HEALTHY = 3000, 20, 5  # seeds from 3000 to 3999 are never trained or calibrated on
 NAME = "phantom"
+LARGE_ML = 1.0  # from here on, a lesion should be found
 
 
 def scanner(seed: int) -> Scanner:
@@ -41,16 +45,21 @@ def judge(pipeline: Recorder, seed: int, healthy: bool, folder: Path) -> dict[st
     phantom = make_phantom(seed, healthy=healthy, scanner=scanner(seed))
     write_flare(phantom, folder, NAME)
     report, masks = pipeline.masks(folder / "imagesTr" / f"{NAME}_0000.nii.gz", folder)
+    voxel_ml = voxel_volume_ml(phantom.spacing_mm)
+    large = cc3d.dust(phantom.lesions, threshold=int(np.ceil(LARGE_ML / voxel_ml)), connectivity=26) > 0
+    found = {network: detect(mask > 0, large) for network, mask in masks.items()}
     return {
         "seed": seed,
         "healthy": phantom.healthy,
         "type": phantom.lesion_type,
-        "ml": round(float(phantom.lesions.sum()) * voxel_volume_ml(phantom.spacing_mm), 2),
+        "ml": round(float(phantom.lesions.sum()) * voxel_ml, 2),
         "found_ml": round(report.volume_ml, 2),
         "size": list(phantom.hu.shape),
         "scan_score": round(report.scan_score, 3),
         "seconds": report.seconds,
         "dice": {network: round(dice(mask, phantom.lesions), 4) for network, mask in masks.items()},
+        "large": next(iter(found.values())).lesions,
+        "large_found": {network: told.found for network, told in found.items()},
     }
 
 
@@ -63,6 +72,8 @@ def summary(cases: list[dict[str, Any]]) -> dict[str, Any]:
         "healthy_with_false_positive": {
             name: sum(case["healthy"] and case["dice"][name] == 0 for case in cases) for name in names
         },
+        "large_lesions": sum(case["large"] for case in cases),
+        "large_found": {name: sum(case["large_found"][name] for case in cases) for name in names},
     }
 
 
@@ -71,15 +82,19 @@ def main() -> None:
     parser.add_argument("--weights", default="small", help="name under weights/, or a folder")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/phantoms.json"), help="JSON to write")
     parser.add_argument("--first-seed", type=int, default=FIRST_SEED, help="of the phantoms; 3000 to 3980")
+    parser.add_argument("--count", type=int, default=COUNT, help="phantoms")
+    parser.add_argument("--healthy", type=int, default=HEALTHY, help="of them, the first so many")
     options = parser.parse_args()
     pipeline = Recorder(options.weights)
     with tempfile.TemporaryDirectory() as folder:
         cases = [
-            judge(pipeline, options.first_seed + i, i < HEALTHY, Path(folder)) for i in tqdm(range(COUNT), unit="scan")
+            judge(pipeline, options.first_seed + i, i < options.healthy, Path(folder))
+            for i in tqdm(range(options.count), unit="scan")
         ]
     result = {
         "date": datetime.now(UTC).date().isoformat(),
-        "command": f"python -m benchmarks.phantom_accuracy --first-seed {options.first_seed}",
+        "command": f"python -m benchmarks.phantom_accuracy --first-seed {options.first_seed} --count {options.count} "
+        f"--healthy {options.healthy}",
         "machine": f"{platform.machine()}, CPU",
         "phantom_version": PHANTOM_VERSION,
         **summary(cases),

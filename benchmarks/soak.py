@@ -3,7 +3,7 @@
     python -m benchmarks.soak --cases 300
 
 The scans are of ten sizes, in turn. Memory is looked at from outside while the program works; the drift is that of the
-mean of the last tenth of the cases over the mean of the tenth after the first twenty.
+last cases' mean peak over that of the first ones after twenty.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from benchmarks.kills import command, write_scans
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-SIZES = [(48 + 8 * n, 40 + 4 * n, 12 + n) for n in range(10)]  # voxels (i, j, k)
+SIZES = [(40 + 8 * n, 36 + 4 * n, 3 + n) for n in range(10)]  # voxels (i, j, k)
 WARM_UP = 20  # cases
 PERIOD_S = 0.02
 
@@ -72,13 +72,17 @@ def watch(call: list[str], out: Path, cases: int) -> list[Look]:
 
 
 def drift(looks: list[Look], cases: int) -> dict[str, float]:
-    """Growth of memory and of open files from the tenth of the cases after the warm-up to the last tenth."""
-    share = max(1, (cases - WARM_UP) // 10)
+    """Growth of memory and of open files from the first cases after the warm-up to the last ones.
+
+    Of each case its peak counts, whatever time it took; as many cases as there are sizes, or a multiple of that which
+    makes about a tenth of all.
+    """
+    share = max(1, (cases - WARM_UP) // 10 // len(SIZES)) * len(SIZES)
     early = [look for look in looks if WARM_UP <= look.done < WARM_UP + share]
-    late = [look for look in looks if look.done >= cases - share]
-    if not early or not late:
+    late = [look for look in looks if cases - share <= look.done < cases]
+    if WARM_UP + 2 * share > cases or not early or not late:
         raise ValueError(f"--cases {cases}: too few to tell a drift after the first {WARM_UP}: give 100 or more")
-    mib = [float(np.mean([look.mib for look in part])) for part in (early, late)]
+    mib = [mean_peak(part) for part in (early, late)]
     files = [max(look.files for look in part) for part in (early, late)]
     return {
         "early_mib": round(mib[0], 1),
@@ -86,6 +90,14 @@ def drift(looks: list[Look], cases: int) -> dict[str, float]:
         "drift_percent": round(100 * (mib[1] / mib[0] - 1), 2),
         "more_files": files[1] - files[0],
     }
+
+
+def mean_peak(looks: list[Look]) -> float:
+    """Over the cases."""
+    peaks: dict[int, float] = {}
+    for look in looks:
+        peaks[look.done] = max(look.mib, peaks.get(look.done, 0.0))
+    return float(np.mean(list(peaks.values())))
 
 
 def draw(looks: list[Look], path: Path) -> None:

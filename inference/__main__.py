@@ -2,27 +2,33 @@
 
     python -m inference [INPUTS] [OUTPUTS]
 
-Exit code 0: all done; 1: some case failed (one line each on stderr, the others are done); 2: wrong usage.
+Exit code 0: all done; 1: some case failed (the others are done); 2: wrong usage. stderr tells of each case in one line.
 """
 
 from __future__ import annotations
 
 import argparse
-import io
 import json
 import logging
+import os
+import signal
 import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from tqdm import tqdm
 
+from .atomic import write_whole
+from .devices import Engine, choose_device, first_line
 from .files import MAX_VOXELS
+from .limits import give_back
+from .log import Lines
 from .stopwatch import Stopwatch
-from .volume import SCAN_SUFFIXES, Volume, case_name, is_scan, output_names, read_volume
+from .volume import SCAN_SUFFIXES, MaskError, Volume, case_name, is_scan, output_names, read_volume
 
 if TYPE_CHECKING:
     from .pipeline import Pipeline, Report
@@ -41,8 +47,12 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("outputs", nargs="?", type=Path, default=Path("/workspace/outputs"), help="folder for masks")
     parser.add_argument("--weights", default="small", help="name under weights/, or a folder with a manifest.json")
     parser.add_argument("--device", default="auto", help="auto (the default), cpu, cuda or cuda:N")
+    parser.add_argument(
+        "--engine", choices=get_args(Engine), default=get_args(Engine)[0], help="of the hybrid; default %(default)s"
+    )
     parser.add_argument("--gpu-memory-mib", type=positive, default=4096, help="of the GPU, in all; default %(default)s")
     parser.add_argument("--skip-existing", action="store_true", help="leave cases alone that have a mask already")
+    parser.add_argument("--follow-links", action="store_true", help="read scans that are links out of the inputs, too")
     parser.add_argument("--save-probabilities", action="store_true", help="write X_probability.nii.gz beside the masks")
     parser.add_argument("--max-voxels", type=positive, default=MAX_VOXELS, help="of a scan; default %(default)s")
     parser.add_argument("--report", type=Path, help="write what was found and how long it took as JSON to this file")
@@ -73,18 +83,42 @@ def find_scans(inputs: Path) -> list[Path]:
 
 def clashes(scans: list[Path], outputs: Path) -> dict[Path, str]:
     """Scans whose output would replace a scan, or the output of a scan before them, with the sentence that says so."""
-    taken: dict[Path, Path] = {scan.resolve(): scan for scan in scans}
+    taken = {os.path.realpath(scan): scan for scan in scans}  # unlike `resolve`, it bears links that go in circles
     found = {}
     for scan in scans:
-        written = [(outputs / name).resolve() for name in output_names(case_name(scan))]
+        written = [os.path.realpath(outputs / name) for name in output_names(case_name(scan))]
         clash = next((path for path in written if path in taken), None)
         if clash is None:
             taken |= dict.fromkeys(written, scan)
             continue
         other = taken[clash]
-        what = "replace the scan" if other.resolve() == clash else "write the same mask as"
+        what = "replace the scan" if os.path.realpath(other) == clash else "write the same mask as"
         found[scan] = f"{scan}: would {what} {other.name}: rename one of them, or give another folder for outputs"
     return found
+
+
+def strays(scans: list[Path], inputs: Path) -> dict[Path, str]:
+    """Links in a folder of inputs that lead out of it, with the sentence that says so."""
+    if not inputs.is_dir():
+        return {}
+    home = Path(os.path.realpath(inputs))
+    return {
+        scan: f"{scan}: is a link that leads out of {inputs}: put the scan itself there, or give --follow-links"
+        for scan in scans
+        if not Path(os.path.realpath(scan)).is_relative_to(home)
+    }
+
+
+def nameless(scans: list[Path]) -> dict[Path, str]:
+    """Scans whose masks would be hidden files, with the sentence that says so."""
+    return {scan: f"{scan}: has no name before its ending: give it one" for scan in scans if not case_name(scan)}
+
+
+def missing(scan: Path, outputs: Path, save_probabilities: bool) -> bool:
+    """Whether anything that is wanted of a scan is not there."""
+    wanted = output_names(case_name(scan))[: 1 + save_probabilities]
+    # `Path.exists` fails where a name is too long
+    return not all(os.path.exists(outputs / name) for name in wanted)  # noqa: PTH110
 
 
 def check_writable(folder: Path) -> None:
@@ -101,20 +135,6 @@ def check_report(path: Path) -> None:
     check_writable(path.parent)
     if path.is_dir():
         raise UsageError(f"--report {path}: is a folder: name a file in it")
-
-
-def choose_device(wanted: str) -> str:
-    """ "cpu" or "cuda:N"."""
-    import torch
-
-    if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
-        return "cpu"
-    kind, _, index = wanted.replace("auto", "cuda").partition(":")
-    if kind != "cuda" or not (index or "0").isdecimal():
-        raise UsageError(f"--device {wanted}: unknown: use auto, cpu, cuda or cuda:N")
-    if int(index or 0) >= torch.cuda.device_count():
-        raise UsageError(f"--device {wanted}: {torch.cuda.device_count()} GPUs are visible here: use auto or cpu")
-    return f"cuda:{int(index or 0)}"
 
 
 class Warned(logging.Handler):
@@ -166,22 +186,29 @@ class Run:
         self.warnings_at_start = self.warned.take()
 
     def case(self, source: Path) -> None:
-        with tqdm(desc=case_name(source), leave=False, disable=None) as bar:
+        name = printable(case_name(source))
+        with tqdm(desc=name, leave=False, disable=None) as bar:
 
             def progress(stage: str, done: int, total: int) -> None:
-                bar.set_description(f"{case_name(source)} {stage}")
+                bar.set_description(f"{name} {stage}")
                 bar.total, bar.n = total, done
                 bar.refresh()
 
             try:
-                self.add(self.pipeline.run(source, self.outputs, self.save_probabilities, progress, self.read))
+                report = self.pipeline.run(source, self.outputs, self.save_probabilities, progress, self.read)
             except Exception as error:  # whatever it is, it costs this case only; ONNX Runtime's have no common class
                 self.fail(source, one_line(source, error))
+                return
+        self.add(report)
 
     def add(self, report: Report) -> None:
         report.warnings = self.warned.take()
         self.reports.append(report)
-        print(report.error or report, file=sys.stderr if report.error else sys.stdout, flush=True)
+        give_back()
+        try:
+            tqdm.write(str(report), file=sys.stderr)  # above the progress bars
+        except OSError:  # a log that is full costs no mask, and no exit code either
+            sys.stderr = Path(os.devnull).open("w")  # noqa: SIM115
 
     def fail(self, source: Path, sentence: str) -> None:
         from .pipeline import Report
@@ -189,39 +216,63 @@ class Run:
         self.add(Report(case=case_name(source), input=source.name, error=sentence))
 
     def to_dict(self) -> dict[str, Any]:
-        from importlib.metadata import version  # late: 12 ms of every start, for the few that want a report
-
         manifest = self.pipeline.manifest
         return {
-            "versions": {"python": sys.version.split()[0], **{name: version(name) for name in DECISIVE}},
+            "versions": versions(),
             "weights": {"name": manifest.name, **{part: entry["sha256"] for part, entry in manifest.files.items()}},
             "device": self.pipeline.device,
+            "engine": self.pipeline.engine,
             "start": {**asdict(self.read.stopwatch), "warnings": self.warnings_at_start},
             "cases": [report.to_dict() for report in self.reports],
         }
+
+
+def versions() -> dict[str, str]:
+    """Of Python, and of what is installed of the packages that decide the masks."""
+    from importlib.metadata import PackageNotFoundError, version  # late: 12 ms of every start, for the few who ask
+
+    found = {"python": sys.version.split()[0]}
+    for name in DECISIVE:
+        with suppress(PackageNotFoundError):  # torch is needed by its own engine alone
+            found[name] = version(name)
+    return found
+
+
+def printable(name: str) -> str:
+    """A file's name for a terminal: what would move its cursor is shown escaped."""
+    return name if name.isprintable() else ascii(name)
 
 
 def one_line(source: Path, error: BaseException) -> str:
     """One sentence that names the file and the mend."""
     if isinstance(error, MemoryError):
         return f"{source}: not enough memory: give the container more, or crop the scan"
-    said = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-    first = next(iter(said.splitlines()), type(error).__name__)
-    if ": " in first and source.name in first:
+    first = error.strerror if isinstance(error, OSError) and error.strerror else first_line(error)
+    if isinstance(error, MaskError) or (": " in first and source.name in first):
         return first
     return f"{source}: failed unexpectedly ({first}): run it alone with --device cpu"
 
 
 def load(options: argparse.Namespace, stopwatch: Stopwatch) -> Pipeline:
-    with stopwatch.stage("imports"):  # torch and ONNX Runtime: not needed to refuse
+    with stopwatch.stage("imports"):  # ONNX Runtime: not needed to refuse; torch comes with its engine
         from .pipeline import Pipeline
         from .weights import find_weights
     with stopwatch.stage("weights"):
-        device = choose_device(options.device)
         try:
-            return Pipeline(find_weights(options.weights), device, options.gpu_memory_mib)
+            device = choose_device(options.device)
+            return Pipeline(find_weights(options.weights), device, options.gpu_memory_mib, options.engine)
         except ValueError as error:
             raise UsageError(str(error)) from error
+
+
+def write_report(path: Path, told: dict[str, Any]) -> bool:
+    """Whether it could be written; it could be when the work began."""
+    try:
+        write_whole(path, (json.dumps(told, indent=2) + "\n").encode())
+    except OSError as error:
+        print(f"--report {path}: cannot be written ({error.strerror}): make room there", file=sys.stderr)
+        return False
+    return True
 
 
 def run(options: argparse.Namespace) -> int:
@@ -229,9 +280,11 @@ def run(options: argparse.Namespace) -> int:
     check_writable(options.outputs)
     if options.report:
         check_report(options.report)
-    refused = clashes(scans, options.outputs)
+    refused = clashes(scans, options.outputs) | nameless(scans)
+    if not options.follow_links:
+        refused |= strays(scans, options.inputs)
     if options.skip_existing:
-        scans = [path for path in scans if not (options.outputs / output_names(case_name(path))[0]).exists()]
+        scans = [scan for scan in scans if missing(scan, options.outputs, options.save_probabilities)]
     stopwatch = Stopwatch()
     read = Reader(next((scan for scan in scans if scan not in refused), None), options.max_voxels, stopwatch)
     warned = Warned()
@@ -242,18 +295,32 @@ def run(options: argparse.Namespace) -> int:
             done.fail(source, refused[source])
         else:
             done.case(source)
-    if options.report:
-        options.report.write_text(json.dumps(done.to_dict(), indent=2) + "\n")
-    return FAILED if any(report.error for report in done.reports) else DONE
+    told = not options.report or write_report(options.report, done.to_dict())
+    return DONE if told and not any(report.error for report in done.reports) else FAILED
+
+
+def stop_at_sigterm() -> None:
+    """At once, wherever the program is: masks are whole or not there. The default does not stop a container's first
+    process."""
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(128 + signal.SIGTERM))
+
+
+def log_to_stderr() -> None:
+    """By a copy of the descriptor: libraries' own printing is silenced at the original one, see `itk_files`."""
+    # errors: a terminal that knows no × must not cost a case
+    sys.stderr = os.fdopen(os.dup(2), "w", buffering=1, encoding=sys.stderr.encoding, errors="replace")
+    handler = logging.StreamHandler()
+    handler.setFormatter(Lines())
+    logging.basicConfig(handlers=[handler], level=logging.WARNING)
 
 
 def main() -> int:
-    logging.basicConfig(format="%(message)s", level=logging.WARNING)
-    for stream in (sys.stdout, sys.stderr):  # a terminal that knows no × must not cost a case
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")
+    stop_at_sigterm()
+    log_to_stderr()
     try:
         return run(parse(sys.argv[1:]))
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
     except UsageError as error:
         print(error, file=sys.stderr)
         return USAGE

@@ -64,7 +64,8 @@ def fuse(
         return mask
     labels, count = cc3d.connected_components(mask[box], connectivity=26, return_N=True)
     keep = _kept(hybrid, unet, labels, count, box, voxel_ml, thresholds)
-    mask[box] = keep[labels]
+    for plane, label in zip(mask[box], labels, strict=True):
+        plane[:] = keep[label]
     return mask
 
 
@@ -113,10 +114,19 @@ def _kept(
     strongest_unet = _strongest(unet, labels, count, box)
     both = (strongest_hybrid >= thresholds.both_hybrid) & (strongest_unet >= thresholds.both_unet)
     sure = (strongest_hybrid >= thresholds.sure_hybrid) | (strongest_unet >= thresholds.sure_unet)
-    volume_ml = np.bincount(labels.ravel(), minlength=count + 1) * voxel_ml
+    volume_ml = _sizes(labels, count) * voxel_ml
     keep = (both | sure) & (volume_ml >= thresholds.min_volume_ml)
     keep[0] = False
     return keep.astype(np.uint8)
+
+
+def _sizes(labels: NDArray[Any], count: int) -> NDArray[np.int64]:
+    """Voxels of each label; slice by slice, since numpy counts in a copy of eight bytes a voxel."""
+    sizes = np.zeros(count + 1, np.int64)
+    for plane in labels:
+        found = np.bincount(plane.ravel())
+        sizes[: len(found)] += found
+    return sizes
 
 
 def _strongest(

@@ -6,6 +6,7 @@ Source: SAMCancer §2 (window, 256×256, five-slice windows); `square` is ours.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal, get_args
@@ -28,6 +29,25 @@ def window(hu: NDArray, low_high_hu: tuple[float, float] = TISSUE_WINDOW_HU) -> 
     """HU → [0, 1], linear between the window's ends and clipped outside; any shape."""
     low, high = low_high_hu
     return np.clip((hu.astype(np.float32) - low) / (high - low), 0, 1)
+
+
+def thicken(hu: NDArray[np.int16], axis: int, step: int) -> NDArray[np.int16]:
+    """Means of `step` neighbouring slices along an axis; the last one of what is left."""
+    if step == 1:
+        return hu
+    slices, shape = np.moveaxis(hu, axis, 0), list(hu.shape)
+    shape[axis] = -(-shape[axis] // step)
+    thick = np.empty(shape, np.int16)
+    for index, mean in enumerate(np.moveaxis(thick, axis, 0)):
+        mean[:] = np.rint(slices[index * step : (index + 1) * step].mean(axis=0))
+    return thick
+
+
+def thin_matrix(count: int, step: int) -> NDArray[np.float32]:
+    """(count, ⌈count / step⌉) matrix that interpolates linearly from the means of `thicken` back to the slices."""
+    thick = -(-count // step)
+    position = np.clip((np.arange(count) + 0.5) / step - 0.5, 0, thick - 1)
+    return np.maximum(0, 1 - np.abs(position[:, None] - np.arange(thick))).astype(np.float32)
 
 
 @dataclass(frozen=True)
@@ -104,3 +124,17 @@ class SliceGrid:
         used = np.flatnonzero(rows[z])  # two rows of each image at most
         lines = np.einsum("r,src->sc", rows[z, used], images[:, used].astype(np.float32)) @ columns.T
         return lines if self.plane == "coronal" else lines.T
+
+
+def thick_grid(
+    shape: tuple[int, int, int], spacing_mm: tuple[float, float, float], plane: Plane, resize: Resize, least_mm: float
+) -> tuple[SliceGrid, int]:
+    """The grid of a scan (z, y, x) whose slices are put together to `least_mm`, or hardly less, and how many make one.
+
+    Slices that are as far apart already stay as they are.
+    """
+    axis = get_args(Plane).index(plane)
+    step = max(1, math.ceil(least_mm / spacing_mm[axis] - 0.2))
+    thick, apart = list(shape), list(spacing_mm)
+    thick[axis], apart[axis] = -(-shape[axis] // step), step * spacing_mm[axis]
+    return SliceGrid((thick[0], thick[1], thick[2]), (apart[0], apart[1], apart[2]), plane, resize), step

@@ -10,15 +10,15 @@ import dataclasses
 import itertools
 import logging
 import math
-import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
-import onnxruntime as ort
 from numpy.typing import NDArray
 
+from .devices import DeviceError
+from .onnx_session import Session
 from .resampling import axis_matrix
 from .slices import LUNG_WINDOW_HU, TISSUE_WINDOW_HU, window
 
@@ -28,6 +28,7 @@ AIR_HU = -1024
 BLEND_SIGMA = 1 / 8  # of a patch side, as nnU-Net
 STRIDE = 8  # of the coarsest level: sides of patches are its multiples
 SMALLEST = 32  # voxels a side: thinner patches than training's would be mostly border
+LIVE_MAPS = 8  # of full resolution, counted in `features` channels, alive at the peak
 EMPTY_HU = -900.0  # a patch with nothing denser than this is air: probability 0, not computed
 Progress = Callable[[int, int], object]
 
@@ -116,6 +117,24 @@ def patch_layout(shape: tuple[int, ...], config: UNetConfig) -> tuple[Axis, ...]
     return min(fits, key=lambda axes: math.prod(axis.patches * axis.side for axis in axes))
 
 
+def patch_within(config: UNetConfig, memory_mib: float) -> UNetConfig:
+    """The same with a patch that `memory_mib` hold, its longest side halved as often as needed; with a warning."""
+    patch = list(config.patch)
+    while patch_mib(patch, config.features) > memory_mib and max(patch) > SMALLEST:
+        patch[patch.index(max(patch))] //= 2
+    if tuple(patch) == config.patch:
+        return config
+    logger.warning(
+        "little memory: patches of %s voxels instead of %s: the mask may differ a little", patch, config.patch
+    )
+    return dataclasses.replace(config, patch=(patch[0], patch[1], patch[2]))
+
+
+def patch_mib(patch: Sequence[int], features: int) -> float:
+    """Memory for the intermediate results of a patch, in float32."""
+    return LIVE_MAPS * features * math.prod(patch) * 4 / 2**20
+
+
 def _choices(size: int, patch: int, overlap: float) -> list[Axis]:
     """From one patch to nnU-Net's number of them, each overlapping the next by its share of `overlap`."""
     most = max(1, math.ceil((size - patch) / (patch * (1 - overlap))) + 1)
@@ -162,27 +181,6 @@ class GridProbability:
         return rows @ plane @ columns.T
 
 
-def open_session(content: bytes, device: str, gpu_memory_mib: int, threads: int) -> ort.InferenceSession:
-    """A session on `device` ("cpu" or "cuda:N"); where CUDA cannot be had, on the CPU with a warning."""
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.log_severity_level = 3
-    providers: list[Any] = ["CPUExecutionProvider"]
-    if device != "cpu":
-        ort.preload_dlls()
-        cuda = {
-            "device_id": int(device.partition(":")[2] or 0),
-            "gpu_mem_limit": gpu_memory_mib * 2**20,
-            "arena_extend_strategy": "kSameAsRequested",
-            "cudnn_conv_algo_search": "HEURISTIC",
-        }
-        providers.insert(0, ("CUDAExecutionProvider", cuda))
-    session = ort.InferenceSession(content, options, providers=providers)  # bytes: no file beside it can be reached
-    if device != "cpu" and session.get_providers()[0] != "CUDAExecutionProvider":
-        logger.warning("ONNX Runtime cannot use %s: the UNet runs on the CPU", device)
-    return session
-
-
 class UNet:
     """The UNet of one folder of weights."""
 
@@ -191,56 +189,62 @@ class UNet:
     ) -> None:
         """content: of the .onnx file; threads: 0 for one a core that this process may use."""
         self.config = config
-        self.content, self.threads = content, threads or len(os.sched_getaffinity(0))
-        try:
-            self.session = open_session(content, device, gpu_memory_mib, self.threads)
-        except Exception as error:  # ONNX Runtime's own classes are not public
-            raise ValueError(f"the UNet's ONNX file cannot be used: {str(error).splitlines()[0]}") from error
+        self.session = Session("UNet", content, device, gpu_memory_mib, threads)
+
+    @property
+    def device(self) -> str:
+        """Where it runs now: "cpu" or "cuda:N"."""
+        return self.session.device
 
     def probabilities(
         self,
         hu: NDArray[np.int16],
         spacing_mm: tuple[float, float, float],
         progress: Progress = lambda *_: None,
+        memory_mib: float = math.inf,
     ) -> GridProbability:
-        """Lesion probability of a scan (z, y, x) of HU."""
-        grid_hu = resample(hu, spacing_mm, self.config)
-        layout = patch_layout(grid_hu.shape, self.config)
+        """Lesion probability of a scan (z, y, x) of HU; memory_mib: for one patch on the CPU."""
+        try:
+            return self._probabilities(hu, spacing_mm, progress, memory_mib)
+        except DeviceError as error:
+            logger.warning("the UNet failed on its device (%s) and goes on without it", error)
+            self.session.to_cpu()
+            return self._probabilities(hu, spacing_mm, progress, memory_mib)
+
+    def _probabilities(
+        self, hu: NDArray[np.int16], spacing_mm: tuple[float, float, float], progress: Progress, memory_mib: float
+    ) -> GridProbability:
+        config = patch_within(self.config, memory_mib) if self.session.on_cpu else self.config
+        grid_hu = resample(hu, spacing_mm, config)
+        layout = patch_layout(grid_hu.shape, config)
         margins = [max(0, axis.side - n) for axis, n in zip(layout, grid_hu.shape, strict=True)]
         padded = np.pad(grid_hu, [(0, m) for m in margins], constant_values=AIR_HU)
         blended = self._blend(padded, layout, progress)
         z, y, x = grid_hu.shape
         shape = (hu.shape[0], hu.shape[1], hu.shape[2])
-        return GridProbability(np.ascontiguousarray(blended[:z, :y, :x]), shape, spacing_mm, self.config.spacing_mm)
+        return GridProbability(np.ascontiguousarray(blended[:z, :y, :x]), shape, spacing_mm, config.spacing_mm)
 
     def _blend(self, grid_hu: NDArray[np.float32], layout: tuple[Axis, ...], progress: Progress) -> NDArray[np.float32]:
         total, weight = np.zeros_like(grid_hu), np.zeros_like(grid_hu)
         blend = gaussian(tuple(axis.side for axis in layout))
         starts = [axis.starts(n) for axis, n in zip(layout, grid_hu.shape, strict=True)]
-        patches = list(itertools.product(*starts))
-        for done, corner in enumerate(patches, 1):
-            place = tuple(slice(start, start + axis.side) for start, axis in zip(corner, layout, strict=True))
-            if grid_hu[place].max() > EMPTY_HU:
-                total[place] += blend * self._run(grid_hu[place])
+        places = [
+            tuple(slice(start, start + axis.side) for start, axis in zip(corner, layout, strict=True))
+            for corner in itertools.product(*starts)
+        ]
+        for place in places:
             weight[place] += blend
-            progress(done, len(patches))
-        return total / weight
+        filled = [place for place in places if grid_hu[place].max() > EMPTY_HU]
+        for done, place in enumerate(filled, 1):
+            total[place] += blend * self._run(grid_hu[place], last=done == len(filled))
+            progress(done, len(filled))
+        return np.divide(total, weight, out=total)
 
-    def _retreat(self, error: Exception) -> None:
-        """From a device that failed, most often by its memory, to the CPU; ValueError where it was the CPU."""
-        said = str(error).splitlines()[0]
-        if self.session.get_providers()[0] == "CPUExecutionProvider":
-            raise ValueError(f"the UNet's ONNX file cannot be run: {said}: copy the weights again") from error
-        logger.warning("the UNet failed on its device (%s) and goes on without it", said)
-        self.session = open_session(self.content, "cpu", 0, self.threads)
-
-    def _run(self, patch_hu: NDArray[np.float32]) -> NDArray[np.float32]:
-        image = {"image": channels(patch_hu, self.config)[None]}
-        try:
-            probability = self.session.run(None, image)[0][0, 0]
-        except Exception as error:  # ONNX Runtime's own classes are not public
-            self._retreat(error)
-            probability = self.session.run(None, image)[0][0, 0]
+    def _run(self, patch_hu: NDArray[np.float32], last: bool) -> NDArray[np.float32]:
+        (found,) = self.session.run({"image": channels(patch_hu, self.config)[None]}, last)
+        if found.shape != (1, 1, *patch_hu.shape):
+            raise ValueError(f"the UNet gave {found.shape} for a patch of {patch_hu.shape}: copy the weights again")
+        probability = found[0, 0]
         if not np.isfinite(probability).all():
             raise ValueError("the UNet gave values that are not finite: run it with --device cpu")
         return probability

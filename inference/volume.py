@@ -8,11 +8,14 @@ them) are kept as they were; MHA and NRRD are read by SimpleITK.
 
 from __future__ import annotations
 
-import gzip
 import itertools
+import math
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import cc3d
 import nibabel as nib
@@ -20,17 +23,27 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .atomic import write_whole
-from .files import HEADER_BYTES, LPS_TO_RAS, MAX_VOXELS, Scaled, read_itk, read_nifti
+from .files import HEADER_BYTES, LPS_TO_RAS, MAX_VOXELS, Image, open_nifti
+from .itk_files import open_itk
+from .limits import room_mib
 
 AIR_HU = -1024  # padding below this is clipped
 BODY_HU = -500  # between air and fat
 NIFTI_SUFFIXES = (".nii.gz", ".nii")
 SCAN_SUFFIXES = (*NIFTI_SUFFIXES, ".mha", ".nrrd")
 CHANNEL_SUFFIX = "_0000"
+TEXTS = ("data_type", "db_name", "intent_name", "descrip", "aux_file")  # of a NIfTI header
+GZIP_BITS = 31  # zlib's largest window, in gzip's wrapping
 SINGULAR = 1e-4  # of the volume of the unit cell over the product of its edges
 SPATIAL_UNIT = 0b111  # the bits of NIfTI's xyzt_units that say metres, millimetres or microns
 UNIT_MM = {1: 1000.0, 3: 0.001}  # metres and microns; all else counts as mm, as in ITK
-LARGEST_FIELD_MM = 5000.0  # a longer side is a wrong spacing, whose resampled grid would not fit any memory
+Voxel = TypeVar("Voxel", bound=np.generic)
+LARGEST_FIELD_MM = 5000.0  # a longer side is a wrong spacing
+SPACING_MM = (0.01, 100.0)  # what lies beyond is a wrong one, too; resampling from or to it would take any memory
+
+
+class MaskError(OSError):
+    """A mask cannot be written: one sentence that names it and the mend."""
 
 
 @dataclass(frozen=True)
@@ -96,8 +109,7 @@ def output_names(case: str) -> tuple[str, str]:
 
 def read_volume(path: Path, max_voxels: int = MAX_VOXELS) -> Volume:
     """Read a CT scan of HU. ValueError with one sentence that names the file and the mend."""
-    array, geometry = _read(path, max_voxels)
-    hu = np.ascontiguousarray(geometry.to_canonical(_to_hu(path, array)))
+    hu, geometry = _read(path, np.int16, _to_hu, max_voxels)
     if hu.min() == hu.max():
         raise ValueError(f"{path}: every voxel is {hu.flat[0]}, so it holds no HU: export the scan again")
     return Volume(hu, geometry, body_box(hu))
@@ -105,23 +117,38 @@ def read_volume(path: Path, max_voxels: int = MAX_VOXELS) -> Volume:
 
 def read_label(path: Path, geometry: Geometry) -> NDArray[np.uint8]:
     """Read labels (0 … 255) on the grid `geometry` of their scan, canonical (z, y, x)."""
-    array, own = _read(path)
+    max_voxels = max(MAX_VOXELS, math.prod(geometry.shape))
+    label, own = _read(path, np.uint8, lambda _, block: block.astype(np.uint8), max_voxels)
     if own.shape != geometry.shape or not np.allclose(
         own.header.get_best_affine(), geometry.header.get_best_affine(), atol=1e-3
     ):
         raise ValueError(f"{path}: not on the grid of its scan: resample it to the scan's")
-    return np.ascontiguousarray(geometry.to_canonical(array[:].astype(np.uint8)))
+    return label
 
 
-def _read(path: Path, max_voxels: int = MAX_VOXELS) -> tuple[Scaled, Geometry]:
-    """Voxels by file axes (i, j, k), and their geometry."""
+def _read(
+    path: Path,
+    data_type: type[Voxel],
+    convert: Callable[[Path, NDArray[Any]], NDArray[Any]],
+    max_voxels: int = MAX_VOXELS,
+) -> tuple[NDArray[Voxel], Geometry]:
+    """Voxels (z, y, x), canonical and contiguous, each block of the file converted as it is read; their geometry."""
+    with _opener(path)(path, max_voxels) as image:
+        geometry = _geometry(path, image.header, image.shape)
+        room_mib(path, geometry.shape)  # refuses what no memory is there for
+        voxels = np.empty(geometry.shape, data_type)
+        by_file = geometry.to_file(voxels)  # a view
+        for place, block in image.blocks:
+            by_file[place] = convert(path, block)
+    return voxels, geometry
+
+
+def _opener(path: Path) -> Callable[[Path, int], AbstractContextManager[Image]]:
     if path.name.lower().endswith(NIFTI_SUFFIXES):
-        voxels, header = read_nifti(path, max_voxels)
-    elif is_scan(path):
-        voxels, header = read_itk(path, max_voxels)
-    else:
-        raise ValueError(f"{path}: not a scan by its name: use one of {', '.join(SCAN_SUFFIXES)}")
-    return voxels, _geometry(path, header, voxels.shape)
+        return open_nifti
+    if is_scan(path):
+        return open_itk
+    raise ValueError(f"{path}: not a scan by its name: use one of {', '.join(SCAN_SUFFIXES)}")
 
 
 # --- geometry and voxels --------------------------------------------------------------------------------------------
@@ -141,6 +168,8 @@ def _geometry(path: Path, header: nib.Nifti1Header, shape: tuple[int, int, int])
         raise ValueError(f"{path}: its origin is not a finite number: correct the header")
     if max(lengths * shape) > LARGEST_FIELD_MM:
         raise ValueError(f"{path}: would be {max(lengths * shape) / 1000:.3g} m long: correct its spacing")
+    if min(lengths) < SPACING_MM[0] or max(lengths) > SPACING_MM[1]:
+        raise ValueError(f"{path}: its spacing {tuple(lengths.tolist())} mm is none of a CT: correct the header")
     axes, flips = canonical_axes(affine / lengths)
     spacing = tuple(float(lengths[axis]) for axis in axes)
     z, y, x = (shape[axis] for axis in axes)
@@ -160,17 +189,13 @@ def canonical_axes(direction_ras: NDArray[np.float64]) -> tuple[tuple[int, int, 
     return (best[0], best[1], best[2]), (flips[0], flips[1], flips[2])
 
 
-def _to_hu(path: Path, array: Scaled) -> NDArray[np.int16]:
-    """Voxels rounded to int16 HU, −1024 at least, slab by slab, so that no float volume of full size is held."""
-    hu = np.empty(array.shape, np.int16, order="F")
-    for k in range(array.shape[2]):
-        slab = array[:, :, k]
-        if slab.dtype.kind == "f":
-            if not np.isfinite(slab).all():
-                raise ValueError(f"{path}: holds voxels that are NaN or infinite: replace them by -1024")
-            slab = np.rint(slab)
-        hu[:, :, k] = np.clip(slab, AIR_HU, np.iinfo(np.int16).max)
-    return hu
+def _to_hu(path: Path, block: NDArray[Any]) -> NDArray[Any]:
+    """Voxels rounded to HU within int16, −1024 at least."""
+    if block.dtype.kind == "f":
+        if not np.isfinite(block).all():
+            raise ValueError(f"{path}: holds voxels that are NaN or infinite: replace them by -1024")
+        block = np.rint(block)
+    return np.clip(block, AIR_HU, np.iinfo(np.int16).max)
 
 
 def body_box(hu: NDArray[np.int16]) -> tuple[slice, slice, slice]:
@@ -203,12 +228,12 @@ def body_box(hu: NDArray[np.int16]) -> tuple[slice, slice, slice]:
 
 def write_mask(mask: NDArray[Any], geometry: Geometry, path: Path) -> None:
     """Write a mask (z, y, x), canonical and of the full scan, as uint8 {0, 1} on the input's own grid; atomic."""
-    write_label((mask > 0).astype(np.uint8), geometry, path)
+    _write(mask, geometry, path, lambda plane: plane > 0)
 
 
 def write_label(label: NDArray[np.uint8], geometry: Geometry, path: Path) -> None:
     """Write labels (z, y, x), 0 … 255, likewise."""
-    _write(label, geometry, path, slope=1.0)
+    _write(label, geometry, path)
 
 
 def write_probability(probability: NDArray[np.uint8], geometry: Geometry, path: Path) -> None:
@@ -216,21 +241,39 @@ def write_probability(probability: NDArray[np.uint8], geometry: Geometry, path: 
     _write(probability, geometry, path, slope=1 / 255)
 
 
-def _write(array: NDArray[np.uint8], geometry: Geometry, path: Path, slope: float) -> None:
+def _write(
+    array: NDArray[Any],
+    geometry: Geometry,
+    path: Path,
+    convert: Callable[[NDArray[Any]], NDArray[Any]] = lambda plane: plane,
+    slope: float = 1.0,
+) -> None:
     if array.shape != geometry.shape:
         raise ValueError(f"{path}: a mask of {array.shape} does not fit the scan's {geometry.shape}")
+    by_file = geometry.to_file(array)
+    planes = (convert(by_file[:, :, k]).astype(np.uint8).tobytes(order="F") for k in range(by_file.shape[2]))
+    content = _gzip(itertools.chain([_file_header(geometry, by_file.shape, slope)], planes))
+    try:
+        write_whole(path, content)
+    except OSError as error:
+        raise MaskError(f"{path}: cannot be written ({error.strerror}): make room or remove it") from error
+
+
+def _file_header(geometry: Geometry, shape: tuple[int, ...], slope: float) -> bytes:
+    """The scan's header as a mask's, and no extensions. Texts stay behind: they may name the patient."""
     header = geometry.header.copy()
     header.set_data_dtype(np.uint8)
-    header.set_data_shape(geometry.to_file(array).shape)
+    header.set_data_shape(shape)
     header.set_slope_inter(slope, 0)
     header["cal_min"] = header["cal_max"] = 0
     header["vox_offset"] = header.single_vox_offset
     header["magic"] = header.single_magic
-    voxels = geometry.to_file(array).tobytes(order="F")
-    no_extensions = b"\0" * (header.single_vox_offset - HEADER_BYTES)
-    # the same mask gives the same bytes: no time stamp, no name; level 1 is five times as fast as 9
-    content = gzip.compress(header.binaryblock + no_extensions + voxels, compresslevel=1, mtime=0)
-    try:
-        write_whole(path, content)
-    except OSError as error:
-        raise OSError(error.errno, f"{path}: cannot be written ({error.strerror}): make room or remove it") from error
+    for text in TEXTS:
+        header[text] = b""
+    return bytes(header.binaryblock) + b"\0" * (header.single_vox_offset - HEADER_BYTES)
+
+
+def _gzip(parts: Iterator[bytes]) -> bytes:
+    """The same mask gives the same bytes: no time stamp, no name; level 1 is five times as fast as 9."""
+    packer = zlib.compressobj(1, wbits=GZIP_BITS)
+    return b"".join([*(packer.compress(part) for part in parts), packer.flush()])

@@ -8,21 +8,19 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import Any, get_args
 
 from .fusion import FusionThresholds
 from .hybrid.config import HybridConfig
 from .slices import Plane, Resize
 from .unet import UNetConfig
 
-if TYPE_CHECKING:
-    from .hybrid.model import Hybrid
-
 MANIFEST = "manifest.json"
-FORMAT = 1
-SUFFIXES = {"hybrid": ".safetensors", "unet": ".onnx"}
+FORMAT = 2
+SUFFIXES = {"hybrid": ".safetensors", "graph": ".onnx", "unet": ".onnx"}
 WEIGHTS_FOLDER = Path(__file__).parent.parent / "weights"
 
 
@@ -42,7 +40,7 @@ class Gate:
 
 @dataclass(frozen=True)
 class Manifest:
-    """`folder`/manifest.json, checked."""
+    """`folder`/manifest.json, checked. slice_mm: slices closer than that are put together for the hybrid."""
 
     folder: Path
     name: str
@@ -50,13 +48,15 @@ class Manifest:
     plane: Plane
     resize: Resize
     window_hu: tuple[float, float]
+    slice_mm: float
     unet: UNetConfig
     gate: Gate
     fusion: FusionThresholds
     files: dict[str, dict[str, str]]
+    unused: tuple[str, ...]  # the hybrid's weights that its graph does not ask for
 
     def read(self, part: str) -> bytes:
-        """The bytes of "hybrid" or "unet", after their checksum was compared."""
+        """The bytes of "hybrid", "graph" or "unet", after their checksum was compared."""
         entry = self.files[part]
         path = self.folder / entry["file"]
         if path.suffix != SUFFIXES[part] or path.name != entry["file"]:
@@ -77,20 +77,26 @@ def read_manifest(folder: Path) -> Manifest:
         values: dict[str, Any] = json.loads(path.read_text())
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error.strerror}): name a folder of weights") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: is not JSON ({error}): copy the weights again") from error
     try:
         if values["format"] != FORMAT:
-            raise ValueError(f"format {values['format']} is unknown to this program, which reads {FORMAT}")
+            raise ValueError(f"format {values['format']} is unknown to this program, which reads {FORMAT}: use its own")
         return _parse(folder, values)
     except KeyError as error:
         raise ValueError(f"{path}: {error} is missing: copy the weights again") from error
-    except (TypeError, ValueError) as error:
+    except (AttributeError, IndexError, TypeError) as error:
+        raise ValueError(f"{path}: is no manifest of weights ({error}): copy the weights again") from error
+    except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 
 
 def _parse(folder: Path, values: dict[str, Any]) -> Manifest:
     hybrid, unet = values["hybrid"], values["unet"]
+    for name, numbers in (("gate", values["gate"]), ("fusion", values["fusion"])):
+        wrong = [key for key, value in numbers.items() if not isinstance(value, int | float)]
+        if wrong:
+            raise TypeError(f"{name}: {wrong[0]} is no number")
     low, high = hybrid["window_hu"]
     if not low < high:
         raise ValueError(f"the window {low} to {high} HU is empty: copy the weights again")
@@ -104,37 +110,19 @@ def _parse(folder: Path, values: dict[str, Any]) -> Manifest:
         plane=hybrid["plane"],
         resize=hybrid["resize"],
         window_hu=(low, high),
+        slice_mm=float(hybrid["slice_mm"]),
         unet=UNetConfig.from_dict(unet["config"]),
         gate=Gate(**values["gate"]),
         fusion=FusionThresholds.from_dict(values["fusion"]),
-        files={part: {key: values[part][key] for key in ("file", "sha256")} for part in SUFFIXES},
+        files={part: {key: str(values[part][key]) for key in ("file", "sha256")} for part in SUFFIXES},
+        unused=tuple(values["graph"]["unused"]),
     )
 
 
 def find_weights(name_or_folder: str) -> Path:
     """A folder of weights by its path, or by its name under weights/."""
     for folder in (Path(name_or_folder), WEIGHTS_FOLDER / name_or_folder):
-        if (folder / MANIFEST).is_file():
+        if os.path.isfile(folder / MANIFEST):  # noqa: PTH113  # `Path.is_file` fails where a name is too long
             return folder
     known = sorted(path.parent.name for path in WEIGHTS_FOLDER.glob(f"*/{MANIFEST}"))
     raise ValueError(f"{name_or_folder}: no weights there; name a folder with a {MANIFEST}, or one of {known}")
-
-
-def load_hybrid(manifest: Manifest) -> Hybrid:
-    """The hybrid network for use: in float32, on the CPU, batch norms folded, the gate as the manifest says."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load
-
-    from .hybrid.cnn_unet import fold_batch_norms
-    from .hybrid.model import Hybrid, channels_last
-
-    try:
-        state = load(manifest.read("hybrid"))
-        model = Hybrid(manifest.hybrid)  # not on the meta device, which would bring in torch's compiler
-        model.load_state_dict({name: value.float() for name, value in state.items()}, assign=True)
-    except (RuntimeError, TypeError, SafetensorError) as error:
-        first_line = str(error).split("\n")[0]
-        raise ValueError(f"{manifest.folder}: the hybrid weights do not fit their settings: {first_line}") from error
-    model.prompt_encoder.presence_threshold = manifest.gate.slice_threshold
-    fold_batch_norms(model.eval().requires_grad_(False))
-    return channels_last(model)

@@ -8,10 +8,15 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
+from scipy import ndimage
 
-from benchmarks import real_accuracy, soak
-from benchmarks.networks import FUSED
+from benchmarks import nnunet, peers, phantom_accuracy, real_accuracy, reproducibility, scaling, soak
+from benchmarks.kills import write_scans
+from benchmarks.networks import FUSED, Recorder
 from benchmarks.real_accuracy import blind, ellipsoid, figures, summary
+from inference.pipeline import Pipeline
+from inference.volume import read_volume, write_mask
+from training.phantom import make_phantom
 
 
 def test_ellipsoid_by_hand() -> None:
@@ -46,6 +51,23 @@ def test_figures_by_hand() -> None:
     assert (row["lesions"], row["found"], row["false_a_scan"], row["outside_ml_a_scan"]) == (4, 1, 0.5, 1.25)
 
 
+def test_phantoms_are_judged_by_network(random_weights: Path, tmp_path: Path) -> None:
+    """Weights that know nothing, on a healthy and a diseased phantom; of its lesions those of 1 ml on are counted."""
+    pipeline = Recorder(str(random_weights))
+    cases = [phantom_accuracy.judge(pipeline, 3901, healthy, tmp_path) for healthy in (True, False)]
+    phantom = make_phantom(3901, healthy=False, scanner=phantom_accuracy.scanner(3901))
+    _, sizes = np.unique(ndimage.label(phantom.lesions, np.ones((3, 3, 3)))[0], return_counts=True)
+    large = int((sizes[1:] * np.prod(phantom.spacing_mm) >= 1000).sum())
+    told = phantom_accuracy.summary(cases)
+    assert large > 0
+    assert (cases[0]["large"], cases[1]["large"], told["large_lesions"]) == (0, large, large)
+    assert all(0 <= found <= large for found in told["large_found"].values())
+    for network, mean in told["mean_dice"].items():
+        assert mean == pytest.approx((cases[0]["dice"][network] + cases[1]["dice"][network]) / 2, abs=1e-4)
+        assert told["mean_dice_diseased"][network] == cases[1]["dice"][network]
+        assert told["healthy_with_false_positive"][network] == 1 - cases[0]["dice"][network]
+
+
 def test_real_scans_are_judged_by_network(random_weights: Path, tmp_path: Path) -> None:
     """Anisotropic scans in a folder laid out as the real ones; the picture and the figures of every network come."""
     affine = np.diag([-4.0, -4.0, 9.0, 1.0])
@@ -68,11 +90,27 @@ def test_real_scans_are_judged_by_network(random_weights: Path, tmp_path: Path) 
     assert out.with_suffix(".png").stat().st_size > 10_000
 
 
+def test_the_dataset_for_nnunet_holds_no_label_of_a_scan_to_predict(tmp_path: Path) -> None:
+    for folder, end in (("images", "_0000"), ("labels", "")):
+        (tmp_path / "sts" / folder).mkdir(parents=True)
+        for name in "ABC":
+            (tmp_path / "sts" / folder / f"{name}{end}.nii.gz").write_text(name)
+    (tmp_path / "splits.json").write_text(json.dumps({"sts": {"train": ["A", "B"], "val": ["C"]}}))
+    raw = tmp_path / "raw"
+    for _ in range(2):  # again over an older one
+        nnunet.write_dataset(tmp_path, raw)
+    found = {folder: sorted(path.name for path in (raw / folder).iterdir()) for folder in ("imagesTr", "labelsTr")}
+    assert found == {"imagesTr": ["A_0000.nii.gz", "B_0000.nii.gz"], "labelsTr": ["A.nii.gz", "B.nii.gz"]}
+    assert [path.read_text() for path in (raw / "imagesTs").iterdir()] == ["C"]
+    told = json.loads((raw / "dataset.json").read_text())
+    assert (told["numTraining"], told["labels"], told["file_ending"]) == (2, {"background": 0, "lesion": 1}, ".nii.gz")
+
+
 def test_drift_by_hand() -> None:
-    """A tenth of the 40 cases after the first 20 is 4: 100 MiB, then 102; a file more. Not the rest."""
-    looks = [soak.Look(done, 100.0 if done < 24 else 500.0, 5) for done in range(56)]
-    looks += [soak.Look(done, mib, 6) for done, mib in ((56, 101.0), (58, 102.0), (60, 103.0))]
-    told = soak.drift(looks, 60)
+    """Peaks of the ten cases after the first 20 are 100 MiB, of the last ten 102; a file more. Not the rest."""
+    looks = [soak.Look(done, mib, 5) for done in range(50) for mib in (60.0, 100.0 if done < 30 else 500.0)]
+    looks += [soak.Look(done, mib, 6) for done in range(50, 60) for mib in (102.0, 50.0, 50.0)]
+    told = soak.drift([*looks, soak.Look(60, 700.0, 6)], 60)
     assert told == {"early_mib": 100, "late_mib": 102, "drift_percent": 2, "more_files": 1}
     with pytest.raises(ValueError, match="too few"):
         soak.drift(looks[:10], 60)
@@ -84,3 +122,31 @@ def test_a_short_soak(random_weights: Path, tmp_path: Path) -> None:
     assert told["early_mib"] > 50
     assert told["more_files"] <= 1
     assert (tmp_path / "soak.png").stat().st_size > 5000
+
+
+def test_ratios_and_scaling_by_hand() -> None:
+    found = {"small": {"seconds": 10.0, "ram_mib": 500.0}, "nnU-Net": {"seconds": 35.0, "ram_mib": 2000.0}}
+    assert peers.ratios(found) == {"small": {"seconds": 1, "ram_mib": 1}, "nnU-Net": {"seconds": 3.5, "ram_mib": 4}}
+    assert peers.scaled({"seconds": 30.0, "ram_mib": 7.0}, 0.1) == {"seconds": 300.0, "ram_mib": 7.0}
+
+
+def test_what_differs_between_two_runs_is_counted(random_weights: Path, tmp_path: Path) -> None:
+    write_scans(tmp_path / "in", [(40, 36, 4), (30, 36, 5)])
+    scans = sorted((tmp_path / "in").iterdir())
+    plain, again = (reproducibility.masks(Pipeline, random_weights, scans, tmp_path / name) for name in "ab")
+    told = reproducibility.compare(scans, plain, again)
+    assert (told["same_bytes"], told["least_dsc"], told["voxels"]) == (2, 1, 0)
+    volume = read_volume(scans[0])
+    for mask, voxels in ((plain[0], 3), (again[0], 2)):
+        write_mask(np.arange(volume.hu.size).reshape(volume.hu.shape) < voxels, volume.geometry, mask)
+    told = reproducibility.compare(scans[:1], plain[:1], again[:1])
+    assert told == {"same_bytes": 0, "least_dsc": 0.8, "voxels": 1, "of": 3}  # 2 · 2 / (3 + 2)
+
+
+def test_a_process_is_measured_by_itself(random_weights: Path, tmp_path: Path) -> None:
+    write_scans(tmp_path / "in", [(40, 36, 4)])
+    told = scaling.measure(tmp_path / "in", tmp_path / "out", str(random_weights))
+    assert 0.5 < told["seconds"] < 100
+    assert 50 < told["peak_mib"] < 2000
+    with pytest.raises(RuntimeError, match="the program ended with 2"):
+        scaling.measure(tmp_path / "gone", tmp_path / "out", str(random_weights))

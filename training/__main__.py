@@ -1,6 +1,7 @@
 """The training, one command a stage: `python -m training COMMAND --help`.
 
-phantoms, implant → pseudo-labels → hybrid, unet → release → calibrate; `training/recipes/` holds whole runs.
+phantoms, implant → pseudo-labels → hybrid, unet → release → calibrate; unfold, to train on from a UNet that ships.
+`training/recipes/` holds whole runs.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from collections.abc import Callable
 
 import tyro
 
-from training import calibration, hybrid_training, implant, phantom, pseudo_labels, release, unet_training
+from training import calibration, hybrid_training, implant, phantom, pseudo_labels, release, unet_training, unfold
 
 COMMANDS: dict[str, Callable[..., None]] = {
     "phantoms": phantom.main,
@@ -18,6 +19,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "hybrid": hybrid_training.main,
     "unet": unet_training.main,
     "pseudo-labels": pseudo_labels.main,
+    "unfold": unfold.main,
     "release": release.main,
     "calibrate": calibration.main,
 }

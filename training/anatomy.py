@@ -55,6 +55,7 @@ TISSUE_HU: dict[str, tuple[float, float, float, float]] = {
     "blood_portal": (42, 115, 165, 118),
     "blood_hepatic": (42, 58, 155, 112),
     "heart": (42, 190, 140, 110),
+    "myocardium": (45, 95, 108, 95),
     "liver": (57, 68, 112, 92),
     "spleen": (48, 120, 120, 95),
     "kidney_cortex": (33, 170, 185, 160),
@@ -246,14 +247,34 @@ def add_chest(p: Patient) -> None:
         hilum = np.array([190 * s, 20 * s, side * 30 * s])
         targets = hilum + p.rng.uniform((-175, -95, -45), (40, 65, 85), (170, 3)) * s * np.array([1, 1, side])
         p.add(grow_tree(p.rng, hilum, targets, 0.95, 7.0), p.material("blood_cava"), Organ.LUNG, (Organ.LUNG,))
-    heart = Ellipsoid(p.near((178, -38, 22), 4), np.array([52, 46, 56]) * s, turn_about_z(25))
-    p.add(p.wobble(heart, 4, 40), Material(p.hu("visceral_fat"), 6), Organ.CAVITY)
-    p.add(p.wobble(heart, 3, 35), [(5, p.material("muscle")), (13, p.material("heart"))], Organ.HEART)
+    add_heart(p)
     belly = Cut(p.wobble(dome(p), 3, 55), keep=_rib_cage(p))
     fat = Material(p.hu("visceral_fat"), 6, 5)
     # The diaphragm shows against the lung only; the fat within also hides the faded edges of the lung.
     p.add(belly, p.material("muscle"), Organ.CAVITY, (Organ.LUNG, Organ.HEART))
     p.add(belly, [(2.0, fat)], Organ.CAVITY, (Organ.CAVITY, Organ.LUNG))
+
+
+def add_heart(p: Patient) -> None:
+    """Fat, muscle, and in it two ventricles and two atria; the apex points to the front and the left."""
+    s = p.scale * p.between(0.88, 1.1)
+    centre, turn = p.near((176, -38, 22), 6), turn_about_z(-p.between(15, 40))
+    heart = Ellipsoid(centre, np.array([52, 46, 56]) * s, turn)
+    within = _rib_cage(p)
+    p.add(Cut(p.wobble(heart, 4, 40), keep=within), Material(p.hu("visceral_fat"), 6), Organ.CAVITY)
+    muscle = [(p.between(2, 9), p.material("myocardium"))]
+    p.add(Cut(p.wobble(heart, 3, 35), keep=within), muscle, Organ.HEART)
+    left, early = p.hu("heart"), p.hu("blood_cava")
+    right = left if p.phase == "none" else early + p.between(0, 1) * (left - early)
+    # Blood, place from the centre and radii (z, y, x), x along the heart from base to apex.
+    chambers = (
+        (left, (-6, 12, 14), (24, 18, 30)), (left, (20, 22, -18), (18, 16, 20)),
+        (right, (-8, -24, 4), (28, 14, 32)), (right, (12, -4, -36), (22, 20, 14)),
+    )  # fmt: skip
+    for hu, place, radii in chambers:
+        size = np.array(radii) * s * p.rng.uniform(0.85, 1.1, 3)
+        chamber = Ellipsoid(centre + turn.T @ np.array(place) * s, size, turn)
+        p.add(p.wobble(chamber, 2, 15), Material(hu, 3, 2), Organ.HEART, (Organ.HEART,))
 
 
 def _rib_cage(p: Patient) -> Shape:

@@ -1,6 +1,8 @@
-"""Augmentation of slice stacks: random classes draw, deterministic classes apply, so that any draw can be replayed.
+"""Augmentation of slice stacks and patches: random classes draw, deterministic classes apply, so that any draw can be
+replayed.
 
-Source: SAMCancer Table 2 (contrast, gamma, rotation, scaling); the split follows torchio.
+Source: SAMCancer Table 2 (contrast, gamma, rotation, scaling); the split follows torchio. Organs enhanced at random are
+after SynthSeg (Billot et al. 2023): a network that has seen an organ at many densities should not take it for a lesion.
 """
 
 from __future__ import annotations
@@ -12,6 +14,40 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from training.anatomy import Organ
+
+ENHANCED = sorted(set(Organ) - {Organ.AIR, Organ.FAT, Organ.CAVITY, Organ.LUNG, Organ.BONE, Organ.TABLE})
+FLUID_HU = 25.0  # what is no denser is water, bile or fat, which no contrast agent reaches
+
+
+@dataclass(frozen=True)
+class Enhancement:
+    """What each organ has above fluid's density, times a factor; a lesion has the code of its organ in the map.
+
+    Nothing crosses `FLUID_HU`: a cyst, which its density alone tells from a lesion, stays one.
+    """
+
+    factors: tuple[float, ...] = (1.0,) * len(ENHANCED)
+
+    def __call__(self, hu: Tensor, organs: Tensor) -> Tensor:
+        """float HU and uint8 codes, both (D, H, W) → HU; factors fade over one pixel in-plane, as edges do."""
+        table = torch.ones(256)
+        table[ENHANCED] = torch.tensor(self.factors)
+        factor = F.avg_pool2d(table[organs.long()], 3, stride=1, padding=1, count_include_pad=False)
+        return hu + (hu - FLUID_HU).clamp(min=0) * (factor - 1)
+
+
+@dataclass(frozen=True)
+class RandomEnhancement:
+    """share: of the draws; the others change nothing. spread: standard deviation of a factor's logarithm."""
+
+    share: float = 0.5
+    spread: float = 0.35
+
+    def draw(self, rng: np.random.Generator) -> Enhancement:
+        factors = np.exp(rng.normal(0, self.spread, len(ENHANCED)))
+        return Enhancement(tuple(factors.tolist())) if rng.random() < self.share else Enhancement()
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ from eval.surface import surface_dice
 from inference.fusion import FusionThresholds, SliceSource, bounding_box, fuse
 from inference.hybrid.predict import predict_slices
 from inference.pipeline import Pipeline, voxel_volume_ml
-from inference.slices import SliceGrid
+from inference.slices import thick_grid, thicken
 from inference.weights import MANIFEST, Gate
 from training.data import Case, load_case, read_folder
 from training.losses import dice
@@ -37,10 +37,11 @@ from training.sources import by_source, short_names
 
 TOLERANCE_MM = 2.0  # of the NSD, as FLARE grades
 WITHHELD = 0.05  # of the slices with a lesion may be taken for free of any
+PER_MILLE = np.int16(1000)  # of a lesion's voxel: how much of a thick slice's voxel is lesion
 HEALTHY_LIMIT = 0.05  # of the healthy cases may have a false positive
 ROUNDS = 2  # of the search, one threshold at a time
 STARTS = (0.5, 0.7, 0.9)  # voxel thresholds from which the search sets out, so that an empty mask cannot trap it
-SURE = (0.95, 0.5, 0.7, 0.9, 0.98, 0.99, 0.995, 0.998, 1.01)  # above 1: never sure alone
+SURE = (0.95, 0.5, 0.7, 0.9, 0.98, 0.99, 0.995, 0.998, 0.999, 0.9995, 1.01)  # above 1: never sure alone
 VOXEL = (0.5, 0.3, 0.4, 0.6, 0.7, 0.8, 0.9, 0.95)
 CHOICES: dict[str, tuple[float, ...]] = {
     "scan_threshold": (0.5, 0.0, 0.3, 0.6, 0.7, 0.8, 0.85, 0.9, 0.93, 0.95, 0.97, 0.98, 0.99),
@@ -56,9 +57,10 @@ CHOICES: dict[str, tuple[float, ...]] = {
 SEARCHED: dict[str, tuple[str, ...]] = {  # by which network speaks; the thresholds that matter then
     "hybrid": ("scan_threshold", "voxel", "sure_hybrid", "min_volume_ml"),
     "unet": ("unet_voxel", "sure_unet", "min_volume_ml"),
-    "fused": ("scan_threshold", "weight", "voxel", "both_hybrid", "both_unet", "sure_hybrid"),
+    "fused": ("scan_threshold", "weight", "voxel", "both_hybrid", "both_unet", "sure_hybrid", "min_volume_ml"),
 }
 OPEN = Gate(0.5)  # before calibration
+NEVER = 1.01  # a probability that none reaches
 
 
 @dataclass(frozen=True)
@@ -94,8 +96,8 @@ class Predicted:
 
     label: NDArray[np.uint8]
     spacing_mm: tuple[float, float, float]
-    hybrid: NDArray[np.float16]
-    unet: NDArray[np.float16]
+    hybrid: NDArray[np.float32]
+    unet: NDArray[np.float32]
     score: float
     source: Path = Path()
 
@@ -119,15 +121,15 @@ class Predicted:
 Measure = Callable[[Predicted, Operating, str], float]
 
 
-def slices_of(probability: NDArray[np.float16]) -> SliceSource:
-    return lambda z: probability[z].astype(np.float32)
+def slices_of(probability: NDArray[np.float32]) -> SliceSource:
+    return lambda z: probability[z]
 
 
 def predict(pipeline: Pipeline, case: Case) -> Predicted:
     """Both networks' probabilities, brought to the scan's grid once: the search looks at them hundreds of times."""
     source, score = pipeline.predict_hybrid(case.hu, case.spacing_mm)
     hybrid, unet = (
-        np.stack([source(z).astype(np.float16) for z in range(len(case.hu))])
+        np.stack([source(z) for z in range(len(case.hu))])
         for source in (source, pipeline.predict_unet(case.hu, case.spacing_mm))
     )
     # no threshold lets a voxel outside this box into a mask, so the search need not look there
@@ -144,15 +146,16 @@ def choose_slice_gate(pipeline: Pipeline, cases: Iterable[Case]) -> Gate:
     """
     manifest, reached = pipeline.manifest, list[float]()
     for case in cases:
-        grid = SliceGrid(case.hu.shape, case.spacing_mm, manifest.plane, manifest.resize)
-        present = [
-            i for i in range(len(grid)) if (grid.resample((case.label[grid[i]] > 0).astype(np.float32)) >= 0.5).any()
-        ]
+        look = (manifest.plane, manifest.resize, manifest.slice_mm)
+        grid, step = thick_grid(case.hu.shape, case.spacing_mm, *look)
+        label = thicken(PER_MILLE * (case.label > 0).astype(np.int16), grid.axis, step).astype(np.float32)
+        present = [i for i in range(len(grid)) if (grid.resample(label[grid[i]]) >= PER_MILLE / 2).any()]
         if present:
-            said = predict_slices(pipeline.hybrid, grid, case.hu, manifest.window_hu, pipeline.targets)
+            hu = thicken(case.hu, grid.axis, step)
+            said = predict_slices(pipeline.hybrid, grid, hu, manifest.window_hu)
             reached.extend(said.presence[present])
     threshold = min(0.5, float(np.quantile(reached, WITHHELD, method="lower"))) if reached else 0.5
-    pipeline.hybrid.prompt_encoder.presence_threshold = threshold
+    pipeline.hybrid.slice_threshold = threshold
     return Gate(0.5, slice_threshold=threshold)
 
 
@@ -215,8 +218,11 @@ def calibrate_all(cases: list[Predicted], gate: Gate) -> dict[str, tuple[Operati
     found = {network: calibrate(cases, network, Operating(gate)) for network in ("hybrid", "unet")}
     (hybrid, _), (unet, _) = found["hybrid"], found["unet"]
     own = {name: getattr(hybrid.fusion, name) for name in ("voxel", "sure_hybrid")}
-    first = Operating(hybrid.gate, replace(unet.fusion, **own))
-    return {**found, "fused": calibrate(cases, "fused", first)}
+    both = Operating(hybrid.gate, replace(unet.fusion, **own))
+    silent = replace(hybrid.fusion, weight=1.0, unet_voxel=NEVER, sure_unet=NEVER)  # the UNet may still confirm
+    starts = (both, Operating(hybrid.gate, silent))
+    fused = max((calibrate(cases, "fused", start) for start in starts), key=lambda pair: pair[1])
+    return {**found, "fused": fused}
 
 
 @dataclass(frozen=True)

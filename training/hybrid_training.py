@@ -19,7 +19,7 @@ from torch import Tensor
 
 from inference.hybrid.config import IMAGE_SIZE, PRESETS, HybridConfig, Norm
 from inference.hybrid.model import Hybrid, channels_last
-from inference.hybrid.predict import run_stack
+from inference.hybrid.torch_engine import run_stack
 from inference.slices import Plane, Resize
 from training.data import split
 from training.hybrid_data import SliceCase, Stacks, StackSampler, slice_cases
@@ -107,9 +107,10 @@ def validate(run: Run, case: SliceCase) -> tuple[float, float]:
         last = min(first + VALIDATION_STACK, len(case))
         around = np.clip(np.arange(first - radius, last + radius), 0, len(case) - 1)
         with run.fabric.autocast():
-            logits, present = run_stack(network, torch.from_numpy(case.tissue[around]).float() / 255)
-        masks.append(logits.numpy() > 0)
-        presence.append(present.numpy() > 0.5)
+            images = torch.from_numpy(case.tissue[around]).to(run.fabric.device).float() / 255
+            logits, present = run_stack(network, images)
+        masks.append(logits.cpu().numpy() > 0)
+        presence.append(present.cpu().numpy() > 0.5)
     correct = np.concatenate(presence) == case.label.any(axis=(1, 2))
     return dice(np.concatenate(masks), case.label), float(correct.mean())
 

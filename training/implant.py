@@ -57,10 +57,14 @@ def make(entries: list[Entry], settings: Settings, index: int) -> Entry:
     scan, mask = (settings.out / f"{part}.nii.gz" for part in (f"imagesTr/{name}_0000", f"labelsTr/{name}"))
     write_nifti(hu, case.spacing_mm, scan)
     write_nifti(label, case.spacing_mm, mask)
+    organs = None
+    if case.entry.organs:
+        organs = settings.out / f"organsTr/{name}.nii.gz"
+        write_nifti(case.organs, case.spacing_mm, organs)
     annotated: Annotated = "complete" if case.entry.complete else "partial"
     healthy = case.entry.healthy and not label.any()
     patient = case.entry.patient or case.entry.name
-    return Entry(name, scan, mask, None, annotated, healthy, case.entry.lesion_type, patient)
+    return Entry(name, scan, mask, organs, annotated, healthy, case.entry.lesion_type, patient)
 
 
 def random_crop(rng: np.random.Generator, case: Case) -> Case:

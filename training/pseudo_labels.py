@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from inference.hybrid.model import Hybrid, channels_last
 from inference.hybrid.predict import predict_slices
+from inference.hybrid.torch_engine import TorchHybrid
 from inference.pipeline import slice_source, voxel_volume_ml
 from inference.slices import SliceGrid
 from inference.volume import read_label, read_volume, write_label
@@ -78,7 +79,8 @@ def write_completed(network: Hybrid, entry: Entry, settings: Settings, path: Pat
     if entry.label:
         label = (read_label(entry.label, volume.geometry) > 0).astype(np.uint8)
     grid = SliceGrid(volume.body.shape, volume.spacing_mm, settings.plane, settings.resize)
-    source = slice_source(predict_slices(network, grid, volume.body), grid)
+    predictions = predict_slices(TorchHybrid(network), grid, volume.body)
+    source = slice_source(predictions, grid, np.eye(len(grid), dtype=np.float32))
     probability = np.stack([source(z).astype(np.float16) for z in range(len(volume.body))])
     label[volume.box] = complete(label[volume.box], probability, voxel_volume_ml(volume.spacing_mm), settings)
     write_label(label, volume.geometry, path)

@@ -22,6 +22,7 @@ from inference.hybrid.config import HybridConfig
 from inference.slices import TISSUE_WINDOW_HU, Plane, Resize
 from inference.unet import UNetConfig
 from inference.weights import FORMAT, MANIFEST, Gate
+from training.graph import export_graph
 from training.unet import CONFIG
 
 
@@ -33,6 +34,7 @@ class Recipe:
     hybrid: HybridConfig
     plane: Plane = "axial"
     resize: Resize = "square"
+    slice_mm: float = 3.5  # the middle of what training shows: in use, thinner slices are put together to about that
     unet: UNetConfig = field(default_factory=UNetConfig)
     gate: Gate = field(default_factory=lambda: Gate(0.5))
     fusion: FusionThresholds = field(default_factory=FusionThresholds)
@@ -40,21 +42,29 @@ class Recipe:
 
 
 def release(hybrid: dict[str, torch.Tensor], unet: bytes, recipe: Recipe, out: Path) -> None:
-    """Write `out`/{hybrid.safetensors, unet.onnx, manifest.json}.
+    """Write `out`/{hybrid.safetensors, hybrid.onnx, unet.onnx, manifest.json}.
 
-    The hybrid in float16, but for what is no matrix: that takes no room, and float16 cannot hold every variance.
+    The hybrid's weights in float16, but for what is no matrix: that takes no room, and float16 cannot hold every
+    variance. Its graph holds none.
     """
     out.mkdir(parents=True, exist_ok=True)
     half = {name: (value.half() if value.ndim > 1 else value).contiguous() for name, value in hybrid.items()}
-    parts = {"hybrid.safetensors": save(half), "unet.onnx": unet}
+    graph = export_graph(half, recipe.hybrid)
+    parts = {"hybrid.safetensors": save(half), "hybrid.onnx": graph.content, "unet.onnx": unet}
     for name, content in parts.items():
         (out / name).write_bytes(content)
     sums = {name: {"file": name, "sha256": hashlib.sha256(content).hexdigest()} for name, content in parts.items()}
-    look = {"plane": recipe.plane, "resize": recipe.resize, "window_hu": TISSUE_WINDOW_HU}
+    look = {
+        "plane": recipe.plane,
+        "resize": recipe.resize,
+        "window_hu": TISSUE_WINDOW_HU,
+        "slice_mm": recipe.slice_mm,
+    }
     manifest = {
         "format": FORMAT,
         "name": recipe.name,
         "hybrid": {**sums["hybrid.safetensors"], "config": recipe.hybrid.to_dict(), **look},
+        "graph": {**sums["hybrid.onnx"], "unused": graph.unused},
         "unet": {**sums["unet.onnx"], "config": recipe.unet.to_dict()},
         "gate": asdict(recipe.gate),
         "fusion": recipe.fusion.to_dict(),
@@ -101,7 +111,7 @@ def main(settings: Settings) -> None:
         HybridConfig.from_dict(json.loads(hybrid[CONFIG])),
         hybrid["plane"],
         hybrid["resize"],
-        UNetConfig.from_dict(json.loads(unet[CONFIG])),
+        unet=UNetConfig.from_dict(json.loads(unet[CONFIG])),
         training={"how": settings.how},
     )
     release(load_file(settings.hybrid), settings.unet.read_bytes(), recipe, settings.out)

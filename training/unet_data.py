@@ -16,7 +16,7 @@ from torch import Tensor
 from inference.resampling import nearest
 from inference.unet import AIR_HU, UNetConfig, channels, resample
 from training.anatomy import Organ
-from training.augmentation import RandomInPlane
+from training.augmentation import RandomEnhancement, RandomInPlane
 from training.cache import Arrays, prepare
 from training.data import Case, Entry
 from training.sources import Sources
@@ -79,6 +79,12 @@ class Patches(NamedTuple):
     source: Tensor
 
 
+def check_sides(patch: Patch) -> None:
+    """ValueError where the network, which halves a patch three times, cannot take it."""
+    if min(patch) < 16 or any(side % 8 for side in patch):
+        raise ValueError(f"patch sides must be multiples of 8 from 16 on, not {patch}")
+
+
 class PatchSampler:
     """Draws augmented patches, of each folder in its share; in every other one a random lesion is near the centre."""
 
@@ -91,6 +97,7 @@ class PatchSampler:
         self.config, self.seed = config, seed
         # left-right alone: the other flips cost a short training more than they give
         self.in_plane = RandomInPlane(ROTATION, SCALE, shift=0, upside_down=0)
+        self.enhancement = RandomEnhancement()
 
     def batch(self, step: int, members: range, patch: Patch) -> Patches:
         """Members of the batch of a step: the same ones whenever, and by whichever process, they are asked for.
@@ -110,9 +117,10 @@ class PatchSampler:
             values = cut(array, centre, patch, outside, margin).astype(np.float32) - np.float32(outside)
             return move(torch.from_numpy(values), mode, margin) + outside  # where nothing is, there is `outside`
 
-        image = channels(_intensity(rng, moved(case.hu, AIR_HU, "bilinear").numpy()), self.config)
         label = (moved(case.label, 0, "bilinear")[None] >= 0.5).float()
         organs = moved(case.organs, Organ.AIR, "nearest").byte()
+        hu = self.enhancement.draw(rng)(moved(case.hu, AIR_HU, "bilinear"), organs)
+        image = channels(_intensity(rng, hu.numpy()), self.config)
         return Patches(torch.from_numpy(image), label, organs, self.sources.one_hot(source))
 
     def _place(self, rng: np.random.Generator, source: int) -> tuple[GridCase, NDArray[np.int64]]:

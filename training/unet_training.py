@@ -22,7 +22,7 @@ from training.losses import annealed_weight, dice, mask_loss
 from training.organs import OrganHeads
 from training.sources import scores_by_source
 from training.unet import build_unet, export_onnx
-from training.unet_data import GridCase, Patch, Patches, PatchSampler, grid_cases
+from training.unet_data import GridCase, Patch, Patches, PatchSampler, check_sides, grid_cases
 
 SUPERVISION = (1.0, 0.5, 0.25)  # weights of the finest level and the two below
 
@@ -39,9 +39,8 @@ class Settings(Common):
     weights: Path | None = None  # unet.safetensors of another run to start from
 
     def __post_init__(self) -> None:
-        for patch in (self.patch, self.small):  # halved three times
-            if min(patch) < 16 or any(side % 8 for side in patch):
-                raise ValueError(f"patch sides must be multiples of 8 from 16 on, not {patch}")
+        check_sides(self.patch)
+        check_sides(self.small)
 
 
 class UNetTask(Task):

@@ -148,10 +148,11 @@ def add_great_vessels(p: Patient) -> None:
     over = (Organ.CAVITY, Organ.MUSCLE, Organ.LIVER, Organ.LUNG)
     inferior = np.stack([z, bow + np.array([8, 4, -2, -8, -14, -30, -30]) * s, np.full(7, -19.0) * s], 1)
     flat = Column(z, inferior[:, 1], inferior[:, 2], np.full(7, p.between(6, 11)), np.full(7, p.between(10, 13)))
-    p.add(p.wobble(flat, 1.0, 20), cava, Organ.VESSEL, over)
+    p.add(p.wobble(flat, 1.0, 20), cava, Organ.VESSEL, over)  # ends in the heart
+    behind = (*over, Organ.HEART)
     course = np.stack([z, bow, np.linspace(3, 12, 7) * s], 1)
     aorta = p.wobble(Tube.along(course, r), 0.5, 25)
-    p.add(aorta, [(-1.0, p.material("muscle", 0, 0)), (0.3, artery)], Organ.AORTA, over)
+    p.add(aorta, [(-1.0, p.material("muscle", 0, 0)), (0.3, artery)], Organ.AORTA, behind)
     for _ in range(int(p.rng.integers(0, 9)) if p.chance(0.5) else 0):  # calcified wall
         turn, height = p.between(0, 2 * np.pi), p.between(-80, 60) * s
         at = np.array([height, r * np.sin(turn), r * np.cos(turn)])
@@ -159,7 +160,7 @@ def add_great_vessels(p: Patient) -> None:
         p.add(Ellipsoid(at, p.rng.uniform(1, 3.5, 3)), Material(p.between(400, 900)), Organ.AORTA)
     oesophagus = Tube.along([(95 * s, 2 * s, 22 * s), (140 * s, 18 * s, 10 * s), (260 * s, 20 * s, 2 * s)], 8.0)
     p.add(p.wobble(oesophagus, 1, 15), [(0, p.material("bowel_wall")), (5.5, Material(-300, 100))], Organ.STOMACH,
-          (Organ.CAVITY, Organ.MUSCLE, Organ.LUNG, Organ.LIVER))  # fmt: skip
+          behind)  # fmt: skip
     coeliac = [(32 * s, 18 * s, 7 * s), (36 * s, -2 * s, 5 * s), (40 * s, -6 * s, 30 * s), (55 * s, 20 * s, 78 * s)]
     p.add(Tube.along(coeliac, [4, 3.5, 2.6, 2.2]), artery, Organ.VESSEL, BELLY)
     front = p.visceral_mm / 3
@@ -264,9 +265,11 @@ def add_colon(p: Patient) -> None:
 
 
 def add_stomach(p: Patient) -> None:
-    """Fundus, body and antrum; rugae; fluid, food or contrast under a gas bubble."""
+    """Fundus, body and antrum; rugae; fluid, food or contrast under a gas bubble. Collapsed in some: thick folds."""
     s, front = p.scale, p.visceral_mm
-    full = p.between(0.6, 1.1)
+    collapsed = p.chance(0.3)
+    full = p.between(0.35, 0.6) if collapsed else p.between(0.6, 1.1)
+    wall_mm = p.between(6, 12) if collapsed else p.between(3.5, 6)
     course = ((95, 8, 62), (72, -18 - front / 4, 68), (40, -45 - front / 2, 58), (15, -62 - front / 1.5, 32),
               (12, -58 - front / 1.5, -5), (22, -36 - front / 2, -32))  # fmt: skip
     path = np.array([p.near(q, 5) for q in course])
@@ -277,7 +280,7 @@ def add_stomach(p: Patient) -> None:
     hu = p.hu("contrast") * p.between(0.3, 1.0) if contrast else p.between(5, 40)
     inside = Material(hu, 4, 10, level, bubbles=0.2 if p.chance(0.25) else 0.0)
     over = (Organ.CAVITY, Organ.LIVER, Organ.SPLEEN, Organ.VESSEL, Organ.BOWEL, Organ.COLON)
-    p.add(shape, [(0, p.material("bowel_wall", 8, 4)), (p.between(3.5, 6), inside)], Organ.STOMACH, over)
+    p.add(shape, [(0, p.material("bowel_wall", 8, 4)), (wall_mm, inside)], Organ.STOMACH, over)
 
 
 def add_gallbladder(p: Patient) -> None:

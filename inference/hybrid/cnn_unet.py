@@ -10,8 +10,8 @@ every region without an edge.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from enum import Enum
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from .config import LEVELS, HybridConfig, Norm
+from .layout import centre, channel_mean, cut_planes, double_size, join, plane_mean, stacked
 
 GATE_REDUCTION = 4
 SPATIAL_GATE_KERNEL = 7
-CHANNELS_LAST, CHANNELS_THIRD = (0, 1, 3, 4, 2), (0, 1, 4, 2, 3)  # orders of axes, one the other's inverse
 
 
 class Depth(Enum):
@@ -31,33 +31,6 @@ class Depth(Enum):
     NONE = 0  # 1×3×3 twice
     SHRINK = 1  # 3×3×3 without padding in depth, then 1×3×3: two planes fewer
     KEEP = 2  # 3×3×3 twice, padded: as many planes as before
-
-
-def cut_planes(x: Tensor, first: int, count: int) -> Tensor:
-    """Planes of maps (N, D, C, H, W); like their gradients, they stay channels-last, where a plain slice's do not."""
-    return x if count == x.shape[1] else x.permute(CHANNELS_LAST).narrow(1, first, count).permute(CHANNELS_THIRD)
-
-
-def join(maps: Sequence[Tensor], axis: int) -> Tensor:
-    """Maps (N, D, C, H, W) put together along their planes (1) or channels (2), and still channels-last."""
-    joined = torch.cat([x.permute(CHANNELS_LAST) for x in maps], dim=CHANNELS_LAST.index(axis))
-    return joined.permute(CHANNELS_THIRD)
-
-
-def centre(x: Tensor, depth: int) -> Tensor:
-    """The middle `depth` planes of maps (N, D, C, H, W)."""
-    return cut_planes(x, (x.shape[1] - depth) // 2, depth)
-
-
-def plane_mean(x: Tensor) -> Tensor:
-    """(N, C, H, W) → (N, C). These two are products of matrices, many times as fast as `mean` in bfloat16."""
-    pixels = x.permute(0, 2, 3, 1).flatten(1, 2)
-    return (pixels.new_full((1, pixels.shape[1]), 1 / pixels.shape[1]) @ pixels)[:, 0]
-
-
-def channel_mean(x: Tensor) -> Tensor:
-    """(N, C, H, W) → (N, 1, H, W)."""
-    return F.linear(x.permute(0, 2, 3, 1), x.new_full((1, x.shape[1]), 1 / x.shape[1])).permute(0, 3, 1, 2)
 
 
 class ChannelNorm(nn.LayerNorm):
@@ -79,6 +52,10 @@ class PlaneConv(nn.Conv3d):
         super().__init__(c_in, c_out, (self.planes, size, size), 1, padding, dilations, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
+        return stacked(self.flat(x), x.shape[0])
+
+    def flat(self, x: Tensor) -> Tensor:
+        """Maps (N, D, C, H, W) → planes (N·D, C, H, W)."""
         weight, depth = self.weight, x.shape[1] + 2 * self.margin - self.planes + 1
         if self.margin:
             x = F.pad(x, (0, 0, 0, 0, 0, 0, self.margin, self.margin))
@@ -86,24 +63,18 @@ class PlaneConv(nn.Conv3d):
             x = join([cut_planes(x, first, depth) for first in range(self.planes)], 2)
             weight = weight.transpose(1, 2)
         weight = weight.reshape(len(weight), -1, *self.kernel_size[1:])
-        out = F.conv2d(x.flatten(0, 1), weight, self.bias, 1, self.padding[1:], self.dilation[1:])
-        return out.unflatten(0, (len(x), depth))
+        return F.conv2d(x.flatten(0, 1), weight, self.bias, 1, self.padding[1:], self.dilation[1:])
 
 
 class PlaneUp(nn.ConvTranspose3d):
-    """`nn.ConvTranspose3d` of maps (N, D, C, H, W) by 2 in the plane: a product that makes 2×2 pixels of each."""
+    """`nn.ConvTranspose3d` of maps (N, D, C, H, W) by 2 in the plane."""
 
     def __init__(self, c_in: int, c_out: int) -> None:
         super().__init__(c_in, c_out, (1, 2, 2), stride=(1, 2, 2))
 
     def forward(self, x: Tensor, output_size: list[int] | None = None) -> Tensor:
         assert output_size is None
-        n, depth, _, height, width = x.shape
-        pixels = x.flatten(0, 1).permute(0, 2, 3, 1)
-        bias = None if self.bias is None else self.bias.repeat_interleave(4)
-        blocks = F.linear(pixels, self.weight.flatten(1).T, bias).unflatten(-1, (-1, 2, 2))  # N·D, H, W, C, 2, 2
-        out = blocks.permute(0, 1, 4, 2, 5, 3).reshape(n, depth, 2 * height, 2 * width, -1)
-        return out.permute(CHANNELS_THIRD)
+        return stacked(double_size(x.flatten(0, 1), self.weight[:, :, 0], self.bias), x.shape[0])
 
 
 class Conv(nn.Sequential):
@@ -120,8 +91,8 @@ class Conv(nn.Sequential):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, D, C, H, W) → the same."""
-        x = self[0](x)
-        return self[2](self[1](x.flatten(0, 1))).unflatten(0, x.shape[:2])
+        convolution = cast(PlaneConv, self[0])
+        return stacked(self[2](self[1](convolution.flat(x))), x.shape[0])
 
 
 def fold_batch_norms(model: nn.Module) -> None:
@@ -151,13 +122,13 @@ class AttentionStem(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(N, D, 1, H, W) → (N, D, C, H, W)."""
         x = self.wide(x) + self.near(x)
-        stack = x.shape[:2]
+        stacks = x.shape[0]
         x = x.flatten(0, 1)
         x = x * torch.sigmoid(self.channel_gate(plane_mean(x)))[..., None, None]
         strongest = x.max(dim=1, keepdim=True).values  # the gradient of `amax` shares out ties, and is slower
         summary = torch.cat([channel_mean(x), strongest], dim=1)
-        gate = torch.sigmoid(self.spatial_gate(summary.unflatten(0, stack)))
-        return self.mix(x.unflatten(0, stack) * gate)
+        gate = torch.sigmoid(self.spatial_gate(stacked(summary, stacks)))
+        return self.mix(stacked(x, stacks) * gate)
 
 
 class Down(nn.Module):
@@ -168,7 +139,7 @@ class Down(nn.Module):
         self.convs = double_conv(c_in, c_out, norm, depth)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.convs(F.max_pool2d(x.flatten(0, 1), 2).unflatten(0, x.shape[:2]))
+        return self.convs(stacked(F.max_pool2d(x.flatten(0, 1), 2), x.shape[0]))
 
 
 class Up(nn.Module):

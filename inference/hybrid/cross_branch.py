@@ -7,11 +7,13 @@ left out. Source: SAMCancer §2, details of SAMCT's cross-branch interaction (wi
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
-from .cnn_unet import centre, cut_planes, join
 from .config import TOKENS
+from .layout import centre, cut_planes, join
 from .vision_transformer import ADAPTER_SCALE, Adapter
 
 HEADS = 8
@@ -29,7 +31,7 @@ def windows(pixels: Tensor) -> Tensor:
 def unwindow(values: Tensor) -> Tensor:
     """(N, 256, k²) → (N, H, W): the inverse of `windows` for one channel."""
     n, _, pixels = values.shape
-    k = round(pixels**0.5)
+    k = math.isqrt(int(pixels))
     return values.reshape(n, TOKENS, TOKENS, k, k).transpose(2, 3).reshape(n, TOKENS * k, TOKENS * k)
 
 

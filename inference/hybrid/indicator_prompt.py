@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .cnn_unet import plane_mean
 from .config import IMAGE_SIZE, TOKENS, HybridConfig
+from .layout import plane_mean
 from .sam import Attention, PromptEncoder
 
 HEADS = 8
@@ -51,7 +51,8 @@ class IndicatorPromptEncoder(nn.Module):
         self.background_head = head(dim)
         self.classifier = nn.Linear(dim, 2)
         self.gate = config.gate
-        self.presence_threshold = 0.5  # of the classifier's probability, for a slice to get positive prompts
+        # of the classifier's probability, for a slice to get positive prompts
+        self.presence_threshold: float | Tensor = 0.5
 
     def forward(self, maps: list[Tensor], present: Tensor | None = None) -> Prompts:
         """Maps: six (N, C_i, H_i, W_i); present: (N,) bool, the truth in training, or None to trust the classifier."""
@@ -79,7 +80,7 @@ class IndicatorPromptEncoder(nn.Module):
         return torch.stack(strongest, dim=1), torch.stack(average, dim=1)
 
     def _ask(self, prototype: Tensor, attention: Attention, tokens: Tensor) -> Tensor:
-        query = prototype.expand(len(tokens), -1, -1)
+        query = prototype.expand(tokens.shape[0], -1, -1)
         return (query + attention(q=query, k=tokens, v=tokens))[:, 0]
 
     def _prompts(self, positive: Tensor, negative: Tensor, present: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .config import IMAGE_SIZE, HybridConfig
+from .layout import dot
 from .sam import MaskDecoder, TwoWayTransformer
 
 MLP_RATIO = 8  # SAM: 2048 for 256 channels
@@ -49,5 +50,4 @@ class BatchMaskDecoder(MaskDecoder):
         """vector · (W detail + b) = (Wᵀ vector) · detail + b · vector, without projecting a pixel."""
         weights = vector @ self.detail.weight
         bias = vector @ self.detail.bias
-        product = detail.permute(0, 2, 3, 1).flatten(1, 2) @ weights[..., None]
-        return product.unflatten(1, detail.shape[2:])[..., 0] + bias[:, None, None]
+        return dot(weights, detail) + bias[:, None, None]

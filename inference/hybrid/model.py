@@ -11,6 +11,7 @@ from .cnn_unet import CnnUNet
 from .config import LEVELS, HybridConfig
 from .cross_branch import Exchange
 from .indicator_prompt import IndicatorPromptEncoder
+from .layout import stacked
 from .mask_decoder import BatchMaskDecoder
 from .vision_transformer import StagedViT, initialise
 
@@ -57,7 +58,7 @@ class Hybrid(nn.Module):
         prompts = self.prompt_encoder([*decoded, image], None if present is None else present.flatten())
         no_mask, position = self.prompt_encoder.dense()
         logits = self.mask_decoder(image, position, prompts.sparse, no_mask, decoded[-1])
-        shape = (len(stack), targets)
+        shape = (stack.shape[0], -1)
         return HybridOutput(logits.view(*shape, *logits.shape[1:]), prompts.presence.view(*shape, 2))
 
     def cnn_alone(self, stack: Tensor) -> Tensor:
@@ -87,9 +88,10 @@ class Hybrid(nn.Module):
         for level in range(LEVELS):
             maps.append(self.cnn.downs[level](maps[-1]))
             planes = targets if self.config.planes_kept else maps[-1].shape[1]
-            flat = tokens.narrow(1, (tokens.shape[1] - planes) // 2, planes).flatten(0, 1)
+            first = (tokens.shape[1] - planes) // 2
+            flat = tokens[:, first : first + planes].flatten(0, 1)
             flat = self.vit.stage(level, self.vit.embed(flat) if level == 0 else flat)
-            tokens = flat.unflatten(0, (len(stack), planes))
+            tokens = stacked(flat, stack.shape[0])
             if exchanges:
                 tokens, maps[-1] = self.exchanges[level](tokens, maps[-1])
         return self.vit.finish(tokens.flatten(0, 1)), maps

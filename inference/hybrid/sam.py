@@ -24,7 +24,7 @@ def without_front_door() -> Iterator[None]:
         return
     spec = find_spec(PACKAGE)
     if spec is None:
-        raise ModuleNotFoundError(f"{PACKAGE} is not installed: pip install -r requirements.txt", name=PACKAGE)
+        raise ModuleNotFoundError(f"{PACKAGE} is not installed: pip install -r requirements-torch.txt", name=PACKAGE)
     sys.modules[PACKAGE] = module_from_spec(spec)
     try:
         yield

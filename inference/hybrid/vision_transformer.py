@@ -62,7 +62,7 @@ class StagedViT(ImageEncoderViT):
         kernel is a product with patches.
         """
         projection = self.patch_embed.proj
-        patches = slices.unflatten(2, (TOKENS, PATCH_SIZE)).unflatten(1, (TOKENS, PATCH_SIZE)).transpose(2, 3)
+        patches = slices.reshape(-1, TOKENS, PATCH_SIZE, TOKENS, PATCH_SIZE).transpose(2, 3)
         return F.linear(patches.flatten(3), projection.weight.sum(dim=1).flatten(1), projection.bias) + self.pos_embed
 
     def stage(self, level: int, tokens: Tensor) -> Tensor:

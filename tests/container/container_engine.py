@@ -12,7 +12,9 @@ from pathlib import Path
 import pytest
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-IN_CONTEXT = ("Dockerfile", ".dockerignore", "requirements.lock", "predict.sh", "inference", "weights")
+IN_CONTEXT = (
+    "Dockerfile", ".dockerignore", "requirements.lock", "requirements-torch.lock", "predict.sh", "inference", "weights",
+)  # fmt: skip
 BUILD_LIMIT_S = 3600
 RUN_LIMIT_S = 600
 ARCHIVE_LIMIT_S = 1200  # one save or one load of several GB
@@ -31,17 +33,16 @@ class Engine:
         """Runs `docker ARGUMENTS`; with `check`, a failure shows what docker said."""
         return self._call(["docker", *arguments], limit_s, check)
 
-    def build(self, image: str, context: Path, label: str) -> None:
-        """Builds `context`/Dockerfile as `image`, layers kept, so that a later build reuses the installed packages."""
+    def build(self, image: str, context: Path, label: str, target: str | None = None) -> None:
+        """Builds `context`/Dockerfile, or one target of it, as `image`; layers are kept, and with them the packages."""
+        options = ["--label", label, *(["--target", target] if target else [])]
         if self.script is None:
-            self.docker("build", "--label", label, "-t", image, str(context), limit_s=BUILD_LIMIT_S)
+            self.docker("build", *options, "-t", image, str(context), limit_s=BUILD_LIMIT_S)
             return
         build = 'source "$0" && container_build "$@"'  # `docker build` has no network in the script's engine
         full_name = f"docker.io/library/{image}"  # what docker means by `image`; buildah would make it localhost/…
-        options = ["--layers", "--label", label]
-        self._call(
-            ["bash", "-c", build, str(self.script), full_name, str(context), *options], BUILD_LIMIT_S, check=True
-        )
+        command = ["bash", "-c", build, str(self.script), full_name, str(context), "--layers", *options]
+        self._call(command, BUILD_LIMIT_S, check=True)
 
     def label(self, image: str, name: str) -> str:
         """The value of a label of `image`; empty where either does not exist."""

@@ -203,6 +203,14 @@ def test_image_holds_what_inference_needs_and_nothing_else(bench: Bench) -> None
     assert sorted(listed) == ["inference", "inputs", "outputs", "predict.sh", "requirements.lock", "weights"]
 
 
+def test_the_other_engine_is_refused_where_torch_is_not_installed(bench: Bench) -> None:
+    write_ct(bench.inputs, "case_0001")
+    ran = bench.run(command=("sh", "predict.sh", "--engine", "torch"))
+    assert ran.returncode == 2
+    assert ran.stderr.splitlines() == ["--engine torch: torch is not installed: use --engine onnx, or install it"]
+    assert bench.run(command=("python", "-c", "import torch")).returncode == 1
+
+
 def test_labels_say_what_the_project_says(engine: Engine, image: str) -> None:
     project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
     names_asked = ("title", "licenses", "version")

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import os
+import re
+import shutil
+import signal
 import stat
+import subprocess
 from pathlib import Path
 
 import pytest
 
-from benchmarks.kills import survive, write_scans
+from benchmarks.kills import command, survive, write_scans
 from inference import atomic
+from inference.__main__ import write_report
 from inference.atomic import write_whole
 
 
@@ -50,6 +55,68 @@ def test_what_cannot_be_written_leaves_what_was_there(tmp_path: Path, monkeypatc
     with pytest.raises(OSError, match="directory"):
         write_whole(tmp_path / "folder", b"new")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["folder", "x.nii.gz"]
+
+
+def test_a_report_that_cannot_be_written_in_the_end_is_told(tmp_path: Path, capsys) -> None:
+    """It could be when it was tried at the start; its folder went meanwhile."""
+    assert not write_report(tmp_path / "gone" / "r.json", {})
+    told = capsys.readouterr().err
+    assert told == f"--report {tmp_path}/gone/r.json: cannot be written (No such file or directory): make room there\n"
+
+
+def test_sigterm_ends_the_program_as_the_shell_expects(tmp_path: Path, random_weights: Path) -> None:
+    write_scans(tmp_path / "scans")
+    process = subprocess.Popen(
+        command(tmp_path / "scans", tmp_path / "out", str(random_weights)), stderr=subprocess.PIPE
+    )
+    assert process.stderr is not None
+    assert process.stderr.readline().startswith(b"case=c0 status=done")
+    process.terminate()
+    assert process.wait(60) == 128 + signal.SIGTERM
+    assert b"Traceback" not in process.stderr.read()
+    process.stderr.close()
+
+
+DRIVER = "int cuInit(unsigned flags) { return 0; } int cuDeviceGetCount(int *count) { *count = 1; return 0; }"
+
+
+def test_a_gpu_that_cannot_be_used_is_told_and_the_cpu_goes_on(tmp_path: Path, random_weights: Path) -> None:
+    """A driver that promises a GPU and has nothing else, found by the real program, with the real ONNX Runtime."""
+    compiler = shutil.which("cc")
+    if compiler is None:
+        pytest.skip("no C compiler to make a driver with")
+    (tmp_path / "driver.c").write_text(DRIVER)
+    built = [compiler, "-shared", "-fPIC", "-o", str(tmp_path / "libcuda.so.1"), str(tmp_path / "driver.c")]
+    subprocess.run(built, check=True)
+    write_scans(tmp_path / "scans", [(40, 36, 4)])
+    call = command(tmp_path / "scans", tmp_path / "out", str(random_weights))
+    subprocess.run(call, check=True, capture_output=True)
+    call = [*command(tmp_path / "scans", tmp_path / "auto", str(random_weights)), "--device", "auto"]
+    search = {**os.environ, "LD_LIBRARY_PATH": str(tmp_path)}
+    done = subprocess.run(call, env=search, capture_output=True, text=True, check=True)
+    hybrid, unet, case = done.stderr.splitlines()
+    for name, told in (("hybrid", hybrid), ("UNet", unet)):
+        assert re.fullmatch(rf'level=warning message="cuda:0 cannot take the {name} \(.*\): it runs on the CPU"', told)
+    assert case.startswith("case=c0 status=done")
+    assert (tmp_path / "auto" / "c0.nii.gz").read_bytes() == (tmp_path / "out" / "c0.nii.gz").read_bytes()
+
+
+def test_a_log_that_cannot_be_written_costs_no_mask(tmp_path: Path, random_weights: Path) -> None:
+    write_scans(tmp_path / "scans", [(40, 36, 4)] * 2)
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            command(tmp_path / "scans", tmp_path / "out", str(random_weights)), stderr=full, check=False
+        )
+    assert done.returncode == 0
+    assert len(list((tmp_path / "out").iterdir())) == 2
+
+
+def test_a_rerun_adds_the_probabilities_that_are_missing(tmp_path: Path, random_weights: Path) -> None:
+    write_scans(tmp_path / "scans", [(40, 36, 4)])
+    call = command(tmp_path / "scans", tmp_path / "out", str(random_weights))
+    subprocess.run(call, check=True, capture_output=True)
+    subprocess.run([*call, "--skip-existing", "--save-probabilities"], check=True, capture_output=True)
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["c0.nii.gz", "c0_probability.nii.gz"]
 
 
 def _refuse(*_: object) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gzip
+import os
+import subprocess
 import tracemalloc
 from pathlib import Path
 
@@ -10,6 +12,8 @@ import nibabel as nib
 import numpy as np
 import pytest
 import SimpleITK
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from benchmarks import fuzz
 from inference.volume import read_volume
@@ -17,6 +21,17 @@ from inference.volume import read_volume
 HU = np.random.default_rng(0).integers(-1000, 1000, (6, 5, 4)).astype(np.int16)
 SCAN = nib.Nifti1Image(HU, np.eye(4)).to_bytes()
 VOX_OFFSET, DIM = 108, 40
+HEADS = (
+    SCAN[:348],
+    b"NRRD0004\ntype: short\ndimension: 3\n",
+    b"ObjectType = Image\nNDims = 3\nDimSize = 2 2 2\nElementType = MET_SHORT\n",
+)
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+def predict(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = ["sh", str(REPOSITORY / "predict.sh"), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
 
 
 def with_field(offset: int, value: np.ndarray) -> bytes:
@@ -81,12 +96,168 @@ def test_no_header_makes_us_read_another_file(tmp_path, suffix: str, place: str)
         read_volume(path)
 
 
+def test_links_out_of_the_inputs_are_not_followed(tmp_path, random_weights: Path) -> None:
+    """Neither a link to a scan elsewhere, nor one by way of a linked folder; one within the inputs is a scan."""
+    home, elsewhere, out = tmp_path / "in", tmp_path / "elsewhere", tmp_path / "out"
+    for folder in (home, elsewhere):
+        folder.mkdir()
+        (folder / "real_0000.nii").write_bytes(SCAN)
+    (home / "inner_0000.nii").symlink_to("real_0000.nii")
+    (home / "linked_0000.nii").symlink_to("../elsewhere/real_0000.nii")
+    options = ["--weights", str(random_weights), "--device", "cpu"]
+    done = predict(str(home), str(out), *options)
+    assert done.returncode == 1
+    assert sorted(path.name for path in out.iterdir()) == ["inner.nii.gz", "real.nii.gz"]
+    (told,) = [line for line in done.stderr.splitlines() if "failed" in line]
+    assert "linked_0000.nii: is a link that leads out of" in told
+    assert predict(str(home), str(out), *options, "--follow-links", "--skip-existing").returncode == 0
+    assert (out / "linked.nii.gz").exists()
+
+
+def test_a_mask_never_goes_through_a_link(tmp_path, random_weights: Path) -> None:
+    """A link that lies where the mask belongs is replaced, and what it points to left alone."""
+    precious = tmp_path / "precious"
+    precious.write_text("mine")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "x.nii.gz").symlink_to(precious)
+    (tmp_path / "x_0000.nii").write_bytes(SCAN)
+    assert (
+        predict(str(tmp_path / "x_0000.nii"), str(tmp_path / "out"), "--weights", str(random_weights)).returncode == 0
+    )
+    assert precious.read_text() == "mine"
+    assert not (tmp_path / "out" / "x.nii.gz").is_symlink()
+
+
+@pytest.mark.parametrize("name", ["pipe_0000.nii.gz", "pipe.mha"])
+def test_a_pipe_is_refused_instead_of_waited_for(tmp_path, name: str) -> None:
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(ValueError, match=f"{name}: is no regular file"):
+        read_volume(tmp_path / name)
+
+
+PRIVATE = "DOE^JANE 1970-01-01"
+
+
+def private_nifti(path: Path) -> None:
+    image = nib.Nifti1Image(HU, np.eye(4))
+    for field in ("descrip", "db_name", "aux_file", "intent_name"):
+        image.header[field] = PRIVATE[: image.header[field].dtype.itemsize]
+    image.header.extensions.append(nib.nifti1.Nifti1Extension("comment", PRIVATE.encode()))
+    nib.save(image, path)
+
+
+def private_itk(path: Path) -> None:
+    image = SimpleITK.GetImageFromArray(HU)
+    image.SetMetaData("PatientName", PRIVATE)
+    SimpleITK.WriteImage(image, str(path))
+
+
+def test_private_text_of_a_header_stays_in_the_scan(tmp_path, random_weights: Path) -> None:
+    (tmp_path / "in").mkdir()
+    private_nifti(tmp_path / "in" / "a_0000.nii")
+    private_itk(tmp_path / "in" / "b.mha")
+    private_itk(tmp_path / "in" / "c.nrrd")
+    for scan in (tmp_path / "in").iterdir():
+        assert b"DOE^JANE" in scan.read_bytes()
+    done = predict(
+        str(tmp_path / "in"),
+        str(tmp_path / "out"),
+        "--weights",
+        str(random_weights),
+        "--report",
+        str(tmp_path / "r.json"),
+    )
+    assert done.returncode == 0, done.stderr
+    masks = [gzip.decompress(mask.read_bytes()) for mask in (tmp_path / "out").iterdir()]
+    assert len(masks) == 3
+    for left in (*masks, done.stderr.encode(), done.stdout.encode(), (tmp_path / "r.json").read_bytes()):
+        assert b"DOE" not in left
+        assert b"1970" not in left
+
+
+MHA = "ObjectType = Image\nNDims = 3\nDimSize = 6 5 4\nElementType = MET_SHORT\n"
+DISGUISED = (
+    "ElementDataFile: {place}\nElementDataFile = LOCAL\n",
+    "Comment = x\rElementDataFile = LOCAL\nElementDataFile = {place}\n",
+    "ElementDataFile\0x = {place}\nElementDataFile = LOCAL\n",
+    "elementdatafile = {place}\nElementDataFile = LOCAL\n",
+)
+
+
+@pytest.mark.parametrize("place", ["secret.raw", "../secret.raw"])
+@pytest.mark.parametrize("pointer", DISGUISED)
+def test_no_disguise_makes_us_read_another_file(tmp_path, pointer: str, place: str) -> None:
+    """What ITK's reader of MHA understands as a pointer where ours might not."""
+    (tmp_path / "secret.raw").write_bytes(HU.tobytes())
+    path = tmp_path / "pointer.mha"
+    path.write_bytes((MHA + pointer.format(place=place)).encode() + HU.tobytes())
+    with pytest.raises(ValueError, match=r"pointer\.mha: (has its voxels in another file|cannot be read as an image)"):
+        read_volume(path)
+
+
+def test_another_format_does_not_pass_as_mha(tmp_path) -> None:
+    """A DICOM file whose preamble holds the line that ends a MHA header: ITK would find out what it is."""
+    path = tmp_path / "dicom.mha"
+    preamble = b"ElementDataFile = LOCAL\n".ljust(128, b"\0")
+    path.write_bytes(preamble + b"DICM" + bytes(400))
+    with pytest.raises(ValueError, match=r"dicom\.mha: cannot be read as an image"):
+        read_volume(path)
+
+
+@pytest.mark.parametrize("suffix", [".mha", ".nrrd"])
+@pytest.mark.parametrize("compressed", [False, True])
+def test_a_name_that_is_no_text_is_read_like_any_other(tmp_path, suffix: str, compressed: bool) -> None:
+    SimpleITK.WriteImage(SimpleITK.GetImageFromArray(HU), str(tmp_path / f"x{suffix}"), compressed)
+    odd = tmp_path / os.fsdecode(b"caf\xe9" + suffix.encode())
+    (tmp_path / f"x{suffix}").rename(odd)
+    assert read_volume(odd).hu.shape == HU.shape
+
+
+@pytest.mark.parametrize("spacing", [1e-6, 1249.0])
+def test_spacings_that_would_take_any_memory_are_refused(tmp_path, spacing: float) -> None:
+    path = tmp_path / "x_0000.nii"
+    path.write_bytes(nib.Nifti1Image(HU[:2, :2, :2], np.diag([spacing, spacing, spacing, 1.0])).to_bytes())
+    assert peak_mib(path, "is none of a CT: correct the header") < 4
+
+
+def test_links_in_circles_and_long_names_cost_their_own_case(tmp_path, random_weights: Path) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "loop.nii.gz").symlink_to("loop.nii.gz")
+    for name in ("b" * 250 + ".nii", "_0000.nii", "good_0000.nii"):
+        (tmp_path / "in" / name).write_bytes(SCAN)
+    options = ["--weights", str(random_weights), "--skip-existing"]
+    done = predict(str(tmp_path / "in"), str(tmp_path / "out"), *options)
+    assert done.returncode == 1
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["good.nii.gz"]
+    assert [line.split(" ")[1] for line in done.stderr.splitlines()].count("status=failed") == 3
+    assert "Traceback" not in done.stderr
+
+
+def test_what_is_wrong_is_told_while_a_library_is_silenced(tmp_path) -> None:
+    """The first scan is read ahead, and what ITK prints of it goes nowhere; what we say does not."""
+    noise = np.random.default_rng(0).integers(-1000, 1000, (128, 256, 256)).astype(np.int16)
+    SimpleITK.WriteImage(SimpleITK.GetImageFromArray(noise), str(tmp_path / "a.mha"), True)
+    done = predict(str(tmp_path / "a.mha"), str(tmp_path / "out"), "--weights", "none")
+    assert done.returncode == 2
+    assert done.stderr.startswith("none: no weights there")
+
+
 def test_dimensions_that_crash_itk_are_refused(tmp_path) -> None:
     path = tmp_path / "many.mha"
     SimpleITK.WriteImage(SimpleITK.GetImageFromArray(HU), str(path))
     path.write_bytes(path.read_bytes().replace(b"NDims = 3", b"NDims =99999999999"))
     with pytest.raises(ValueError, match="number of dimensions"):
         read_volume(path)
+
+
+@given(content=st.binary(max_size=700), suffix=st.sampled_from(fuzz.SUFFIXES), head=st.sampled_from([*HEADS, b""]))
+@settings(max_examples=300, deadline=None)
+def test_any_bytes_are_read_or_refused_in_one_sentence(
+    tmp_path_factory, content: bytes, suffix: str, head: bytes
+) -> None:
+    path = tmp_path_factory.getbasetemp() / f"any{suffix}"
+    path.write_bytes(head + content)
+    fuzz.look(path)
 
 
 def test_a_thousand_damaged_headers(tmp_path) -> None:

@@ -20,6 +20,7 @@ from inference.fusion import FusionThresholds
 from inference.hybrid.config import HybridConfig
 from inference.hybrid.model import Hybrid, HybridOutput
 from inference.hybrid.predict import predict_slices
+from inference.hybrid.torch_engine import TorchHybrid
 from inference.pipeline import Pipeline
 from inference.slices import SliceGrid
 from inference.unet import GridProbability
@@ -44,7 +45,9 @@ class BrightIsLesion(nn.Module):
 
 
 class NothingIsLesion:
-    def probabilities(self, hu, spacing_mm, _) -> GridProbability:
+    device = "cpu"
+
+    def probabilities(self, hu, spacing_mm, *_) -> GridProbability:
         return GridProbability(np.zeros((2, 2, 2), np.float32), hu.shape, spacing_mm, tuple(np.array(hu.shape) / 2))
 
 
@@ -89,9 +92,8 @@ def test_the_mask_is_the_bright_block(
     pipeline = Pipeline(random_weights)
     only_hybrid = FusionThresholds(weight=1.0, voxel=0.5, both_hybrid=2.0, both_unet=2.0, sure_hybrid=0.9)
     pipeline.manifest = replace(pipeline.manifest, plane=plane, window_hu=WINDOW_HU, gate=Gate(0.5), fusion=only_hybrid)
-    pipeline.hybrid, pipeline.unet, pipeline.targets = BrightIsLesion(planes_kept), NothingIsLesion(), 3
-    if planes_kept:
-        pipeline.targets = 1
+    batch = 1 if planes_kept else 3
+    pipeline.hybrid, pipeline.unet = TorchHybrid(BrightIsLesion(planes_kept), batch), NothingIsLesion()
     report = pipeline.run(tmp_path / "x_0000.nii.gz", tmp_path)
     mask = np.asarray(nib.load(tmp_path / "x.nii.gz").dataobj) > 0
     overlap = 2 * (mask & lesion).sum() / (mask.sum() + lesion.sum())
@@ -101,6 +103,22 @@ def test_the_mask_is_the_bright_block(
     assert report.volume_ml == pytest.approx(mask.sum() * 0.064)
     near = np.argwhere(mask).mean(axis=0) - np.argwhere(lesion).mean(axis=0)
     assert np.abs(near).max() < 0.2
+
+
+@pytest.mark.parametrize("plane", ["axial", "coronal", "sagittal"])
+def test_thin_slices_bring_the_block_back_to_its_place(random_weights: Path, tmp_path: Path, plane: str) -> None:
+    """Voxels of 1 mm: four slices are looked at as one, so ends may move by half of that, and an arm of four may go."""
+    matrix = affine((0, 1, 2), (-1, 1, 1))
+    matrix[:3, :3] /= 4
+    lesion = scan(tmp_path / "x_0000.nii.gz", matrix)
+    pipeline = Pipeline(random_weights)
+    only_hybrid = FusionThresholds(weight=1.0, voxel=0.5, both_hybrid=2.0, both_unet=2.0, sure_hybrid=0.9)
+    pipeline.manifest = replace(pipeline.manifest, plane=plane, window_hu=WINDOW_HU, gate=Gate(0.5), fusion=only_hybrid)
+    pipeline.hybrid, pipeline.unet = TorchHybrid(BrightIsLesion(False), 3), NothingIsLesion()
+    pipeline.run(tmp_path / "x_0000.nii.gz", tmp_path)
+    mask = np.asarray(nib.load(tmp_path / "x.nii.gz").dataobj) > 0
+    assert 2 * (mask & lesion).sum() / (mask.sum() + lesion.sum()) > 0.7
+    assert np.abs(np.argwhere(mask).mean(axis=0) - np.argwhere(lesion).mean(axis=0)).max() < 2
 
 
 def test_lesions_and_volume_are_those_of_the_file(random_weights: Path, tmp_path: Path, monkeypatch) -> None:
@@ -124,7 +142,7 @@ def test_a_scan_without_anything_bright_is_healthy(random_weights: Path, tmp_pat
     nib.save(nib.Nifti1Image(hu, np.diag([-5.0, -5.0, 5.0, 1.0])), tmp_path / "x_0000.nii.gz")
     pipeline = Pipeline(random_weights)
     pipeline.manifest = replace(pipeline.manifest, window_hu=WINDOW_HU, gate=Gate(0.5))
-    pipeline.hybrid, pipeline.unet = BrightIsLesion(False), NothingIsLesion()
+    pipeline.hybrid, pipeline.unet = TorchHybrid(BrightIsLesion(False)), NothingIsLesion()
     assert pipeline.run(tmp_path / "x_0000.nii.gz", tmp_path).healthy
 
 
@@ -139,9 +157,9 @@ def test_batches_do_not_change_what_a_slice_gets(planes_kept: bool) -> None:
     window = torch.from_numpy(grid.cut(hu, -2, 9)).unfold(0, 5, 1).permute(0, 3, 1, 2)
     with torch.inference_mode():
         expected = torch.stack([model(one[None]).logits[0, 0] for one in window]).sigmoid()
-    for targets in (1, 3, 16)[: 1 if planes_kept else 3]:
+    for batch in (1, 3, 16)[: 1 if planes_kept else 3]:
         told: list[int] = []
-        found = predict_slices(model, grid, hu, targets=targets, progress=told.append)
+        found = predict_slices(TorchHybrid(model, batch), grid, hu, progress=told.append)
         assert sum(told) == 7
         np.testing.assert_allclose(found.probability, expected, atol=1e-3)  # kept in float16
 
@@ -165,14 +183,14 @@ def test_what_float16_cannot_hold_is_done_again_in_float32(caplog) -> None:
     hu[:, 10:30, 20:50] = 400
     grid = SliceGrid(hu.shape, (3.0, 2.0, 2.0))
     model = Overflowing(1e30).half()
-    found = predict_slices(model, grid, hu, targets=2)
-    expected = predict_slices(BrightIsLesion(False), grid, hu)
+    found = predict_slices(TorchHybrid(model, 2), grid, hu)
+    expected = predict_slices(TorchHybrid(BrightIsLesion(False)), grid, hu)
     np.testing.assert_allclose(found.probability, expected.probability, atol=1e-3)
     assert caplog.messages == ["values too large for float16: the hybrid network goes on in float32"]
     assert model.calls == 4  # of three batches, one twice
     for beyond in (float("inf"), float("nan")):
         with pytest.raises(ValueError, match="not finite"):
-            predict_slices(Overflowing(beyond), grid, hu, targets=2)
+            predict_slices(TorchHybrid(Overflowing(beyond), 2), grid, hu)
 
 
 class Cramped(BrightIsLesion):
@@ -196,18 +214,19 @@ class Cramped(BrightIsLesion):
 @pytest.mark.parametrize(
     ("room", "tried", "told"),
     [
-        (8, [8, 1], []),
-        (3, [8, 4, 2, 2, 2, 2, 1], ["4 instead of 8 slices", "2 instead of 4 slices"]),
-        (0, [8, 4, 2, 1, 9], ["4 instead of 8", "2 instead of 4", "1 instead of 2", "goes on without the GPU"]),
+        (8, [5, 5], []),
+        (3, [5, 2, 2, 2, 2, 2], ["2 instead of 5 slices"]),
+        (0, [5, 2, 1, 9], ["2 instead of 5", "1 instead of 2", "goes on without the GPU"]),
     ],
 )
 def test_out_of_memory_halves_the_batch_and_leads_to_the_cpu(caplog, room: int, tried: list, told: list) -> None:
+    """Nine slices, eight at most at once: two batches of five, the last of which reaches beyond the scan."""
     hu = np.full((9, 50, 60), -300, np.int16)
     hu[:, 10:30, 20:50] = 400
     grid, model = SliceGrid(hu.shape, (3.0, 2.0, 2.0)), Cramped(room)
-    found = predict_slices(model, grid, hu, targets=8)
+    found = predict_slices(TorchHybrid(model, 8), grid, hu)
     assert model.tried == tried
     assert len(caplog.messages) == len(told)
     assert all(words in message for words, message in zip(told, caplog.messages, strict=True))
-    expected = predict_slices(BrightIsLesion(False), grid, hu)
+    expected = predict_slices(TorchHybrid(BrightIsLesion(False)), grid, hu)
     np.testing.assert_allclose(found.probability, expected.probability, atol=1e-3)

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from inference.resampling import axis_matrix
-from inference.slices import SliceGrid, window
+from inference.slices import SliceGrid, thick_grid, thicken, thin_matrix, window
 
 
 def test_window_by_hand() -> None:
@@ -94,3 +94,29 @@ def test_a_voxel_survives_where_it_is() -> None:
 def test_unknown_plane_is_refused() -> None:
     with pytest.raises(ValueError, match="oblique"):
         SliceGrid((1, 1, 1), (1.0, 1.0, 1.0), "oblique")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("spacing", "step"), [(0.7, 5), (1.0, 4), (1.25, 3), (1.5, 3), (2.0, 2), (2.5, 2), (3.0, 1), (3.27, 1), (5.0, 1)]
+)
+def test_thin_slices_make_one_of_about_the_least_distance(spacing: float, step: int) -> None:
+    """At least 3.3 mm, that is 3.5 less a fifth of a slice, and never more slices than that takes."""
+    grid, found = thick_grid((101, 30, 20), (spacing, 0.9, 0.8), "axial", "square", 3.5)
+    assert found == step
+    assert grid.shape == (-(-101 // step), 30, 20)
+    assert grid.spacing_mm == pytest.approx((step * spacing, 0.9, 0.8))
+    sideways, found = thick_grid((30, 101, 20), (5.0, spacing, 0.8), "coronal", "square", 3.5)
+    assert (found, sideways.shape[1]) == (step, grid.shape[0])
+
+
+def test_thick_slices_by_hand() -> None:
+    hu = np.array([10, 20, 31, 40, 7], np.int16).reshape(1, 5, 1)
+    np.testing.assert_array_equal(thicken(hu, 1, 2).ravel(), [15, 36, 7])  # 35.5 is rounded to even
+    assert thicken(hu, 1, 1) is hu
+
+
+def test_back_to_thin_slices_by_hand() -> None:
+    """Centres of two slices each lie at 0.5, 2.5 and 4.5 of the thin ones; beyond them the last value holds."""
+    expected = [[1, 0, 0], [0.75, 0.25, 0], [0.25, 0.75, 0], [0, 0.75, 0.25], [0, 0.25, 0.75]]
+    np.testing.assert_allclose(thin_matrix(5, 2), expected)
+    np.testing.assert_array_equal(thin_matrix(4, 1), np.eye(4))

@@ -13,8 +13,9 @@ import torch.nn.functional as F
 from monai.inferers import sliding_window_inference
 from scipy.ndimage import gaussian_filter
 
+from inference.onnx_session import Session
 from inference.slices import window
-from inference.unet import UNet, UNetConfig, channels, gaussian, patch_layout, resample
+from inference.unet import UNet, UNetConfig, channels, gaussian, patch_layout, patch_within, resample
 from training.unet import Probability, build_unet, check_parity, export_onnx
 
 CONFIG = UNetConfig(4, patch=(16, 32, 32))
@@ -105,7 +106,7 @@ def test_small_and_odd_volumes(onnx, shape) -> None:
 
 def test_air_is_skipped_and_healthy(onnx) -> None:
     unet = UNet(onnx.read_bytes(), CONFIG)
-    unet.session = None  # would fail if it were run
+    unet.session.inner.run = None  # would fail if it were called
     assert not unet.probabilities(np.full((8, 8, 8), -1000, np.int16), CONFIG.spacing_mm).grid.any()
 
 
@@ -145,7 +146,7 @@ def test_cuda_that_is_not_there_is_told(onnx, caplog) -> None:
         pytest.skip("a GPU is here")
     with caplog.at_level(logging.WARNING):
         unet = UNet(onnx.read_bytes(), CONFIG, "cuda:0")
-    assert unet.session.get_providers()[0] == "CPUExecutionProvider"
+    assert unet.session.on_cpu
     assert "runs on the CPU" in caplog.text
 
 
@@ -162,7 +163,7 @@ def test_a_device_that_fails_in_the_middle_is_left_for_the_cpu(onnx, caplog) -> 
     hu = np.random.default_rng(0).integers(-100, 300, (20, 40, 40)).astype(np.int16)
     unet = UNet(onnx.read_bytes(), CONFIG)
     expected = unet.probabilities(hu, (3.0, 2.0, 2.0)).grid
-    unet.session = Failing()
+    unet.session.inner = Failing()
     np.testing.assert_array_equal(unet.probabilities(hu, (3.0, 2.0, 2.0)).grid, expected)
     assert "failed on its device (BFCArena: failed to allocate memory) and goes on" in caplog.text
 
@@ -192,5 +193,38 @@ def test_size_is_the_winners(features, millions) -> None:
     assert total / 1e6 == pytest.approx(millions, rel=0.02)
 
 
+def test_patches_shrink_to_the_memory_there_is(onnx, caplog) -> None:
+    """8 maps of 16 channels of 96×128×128 float32 are 768 MiB; each halving of the longest side halves that."""
+    config = UNetConfig(16)
+    assert patch_within(config, 768) == config
+    assert patch_within(config, 767).patch == (96, 64, 128)
+    assert patch_within(config, 200).patch == (96, 64, 64)
+    assert patch_within(config, 0).patch == (24, 32, 32)
+    assert caplog.messages[0].startswith("little memory: patches of [96, 64, 128] voxels instead of (96, 128, 128)")
+
+
+def test_smaller_patches_say_nearly_the_same(onnx) -> None:
+    hu = np.random.default_rng(0).integers(-100, 300, (40, 70, 70)).astype(np.int16)
+    unet = UNet(onnx.read_bytes(), UNetConfig(CONFIG.features, patch=(32, 64, 64)))
+    whole = unet.probabilities(hu, (3.0, 2.0, 2.0)).grid
+    parts = unet.probabilities(hu, (3.0, 2.0, 2.0), memory_mib=1).grid
+    assert 0 < np.abs(parts - whole).mean() < 0.02
+
+
 def test_config_survives_the_manifest() -> None:
     assert UNetConfig.from_dict(CONFIG.to_dict()) == CONFIG
+
+
+def test_a_device_without_room_for_the_network_is_left_for_the_cpu(onnx, caplog, monkeypatch) -> None:
+    """As where another process holds all of a GPU's memory: the session cannot even be made there."""
+    make = Session._open
+
+    def no_room(session: Session, device: str, gpu_memory_mib: int):
+        if device != "cpu":
+            raise RuntimeError("CUDA failure 2: out of memory\nand more")
+        return make(session, device, gpu_memory_mib)
+
+    monkeypatch.setattr(Session, "_open", no_room)
+    unet = UNet(onnx.read_bytes(), CONFIG, "cuda:0")
+    assert unet.session.on_cpu
+    assert caplog.messages == ["cuda:0 cannot take the UNet (CUDA failure 2: out of memory): it runs on the CPU"]

@@ -9,11 +9,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load, save
+from torch import Tensor
 
-from inference.weights import find_weights, load_hybrid, read_manifest
+from inference.hybrid.onnx_engine import OnnxHybrid
+from inference.hybrid.torch_engine import load_hybrid
+from inference.unet import UNet
+from inference.weights import Manifest, find_weights, read_manifest
 
 
 @pytest.fixture
@@ -26,6 +32,13 @@ def edit(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
     manifest = json.loads((folder / "manifest.json").read_text())
     change(manifest)
     (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+def replace_file(folder: Path, part: str, content: bytes) -> None:
+    """With its checksum, as whoever makes a folder of weights can."""
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (folder / manifest[part]["file"]).write_bytes(content)
+    edit(folder, lambda m: m[part].update(sha256=hashlib.sha256(content).hexdigest()))
 
 
 def test_a_release_loads_as_it_was(weights: Path) -> None:
@@ -77,13 +90,15 @@ def test_batch_norms_load_folded_and_the_slices_gate_as_the_manifest_says(weight
     assert (found - exact).abs().max() < 0.01 * exact.abs().max()
 
 
-@pytest.mark.parametrize("part", ["hybrid.safetensors", "unet.onnx"])
-def test_one_changed_byte_is_found(weights: Path, part: str) -> None:
-    content = bytearray((weights / part).read_bytes())
+@pytest.mark.parametrize(
+    ("part", "file"), [("hybrid", "hybrid.safetensors"), ("graph", "hybrid.onnx"), ("unet", "unet.onnx")]
+)
+def test_one_changed_byte_is_found(weights: Path, part: str, file: str) -> None:
+    content = bytearray((weights / file).read_bytes())
     content[len(content) // 2] ^= 1
-    (weights / part).write_bytes(content)
-    with pytest.raises(ValueError, match=f"{part}: the checksum differs"):
-        read_manifest(weights).read(part.split(".")[0])
+    (weights / file).write_bytes(content)
+    with pytest.raises(ValueError, match=f"{file}: the checksum differs"):
+        read_manifest(weights).read(part)
 
 
 def test_pickle_is_refused_by_name_and_by_content(weights: Path) -> None:
@@ -96,6 +111,66 @@ def test_pickle_is_refused_by_name_and_by_content(weights: Path) -> None:
     edit(weights, lambda m: m["hybrid"].update(file="disguised.safetensors"))
     with pytest.raises(ValueError, match="do not fit"):
         load_hybrid(read_manifest(weights))
+
+
+@pytest.mark.parametrize("size", [0, 4, 1000, -1])
+def test_truncated_weights_are_refused(weights: Path, size: int) -> None:
+    replace_file(weights, "hybrid", (weights / "hybrid.safetensors").read_bytes()[:size])
+    with pytest.raises(ValueError, match=r"the hybrid weights cannot be read \(.*\): copy them again"):
+        OnnxHybrid(read_manifest(weights))
+    with pytest.raises(ValueError, match="the hybrid weights do not fit their settings"):
+        load_hybrid(read_manifest(weights))
+
+
+CHANGED = "mask_decoder.detail.weight"
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda state: state.pop(CHANGED), f"its tensor '{CHANGED}' is stored elsewhere"),
+        (lambda state: state.update({CHANGED: state[CHANGED].to(torch.uint8)}), f"its tensor '{CHANGED}' is stored"),
+        (lambda state: state.update({CHANGED: state[CHANGED].flatten()}), "dimensions do not match"),
+        (lambda state: state.update({CHANGED: state[CHANGED][:-1].clone()}), "dimensions do not match"),
+        (lambda state: state.update(spare=torch.zeros(3)), "spare"),
+    ],
+    ids=["missing", "another type", "another rank", "another shape", "one too many"],
+)
+def test_weights_that_do_not_fit_the_graph_are_refused(
+    weights: Path, change: Callable[[dict[str, Tensor]], object], words: str
+) -> None:
+    state = load((weights / "hybrid.safetensors").read_bytes())
+    change(state)
+    replace_file(weights, "hybrid", save(state))
+    with pytest.raises(ValueError, match=rf"^the hybrid's ONNX file cannot be used \(.*{words}.*\): copy the weights"):
+        OnnxHybrid(read_manifest(weights))
+
+
+def test_weights_of_a_type_that_numpy_lacks_are_refused(weights: Path) -> None:
+    state = load((weights / "hybrid.safetensors").read_bytes())
+    replace_file(weights, "hybrid", save(state | {CHANGED: state[CHANGED].bfloat16()}))
+    with pytest.raises(ValueError, match=r"the hybrid weights cannot be read \(.*BF16.*\): copy them again"):
+        OnnxHybrid(read_manifest(weights))
+
+
+OPEN: dict[str, Callable[[Manifest], object]] = {
+    "graph": OnnxHybrid,
+    "unet": lambda manifest: UNet(manifest.read("unet"), manifest.unet),
+}
+
+
+@pytest.mark.parametrize("place", ["/etc/hostname", "../secret.bin", "hybrid.safetensors"])
+@pytest.mark.parametrize("part", OPEN)
+def test_a_network_that_reads_another_file_is_refused(weights: Path, part: str, place: str) -> None:
+    import onnx
+
+    model = onnx.load_from_string(read_manifest(weights).read(part))
+    tensor = model.graph.initializer.add(name="mine", dims=[1], data_type=onnx.TensorProto.FLOAT)
+    tensor.data_location = onnx.TensorProto.EXTERNAL
+    tensor.external_data.add(key="location", value=place)
+    replace_file(weights, part, model.SerializeToString())
+    with pytest.raises(ValueError, match=f"its tensor 'mine' is stored elsewhere, in '{place}'"):
+        OPEN[part](read_manifest(weights))
 
 
 def test_a_file_outside_the_folder_is_refused(weights: Path) -> None:
@@ -129,6 +204,47 @@ def test_weights_of_another_size_are_refused(weights: Path) -> None:
     edit(weights, lambda m: m["hybrid"]["config"].update(cnn_width=8))
     with pytest.raises(ValueError, match="do not fit"):
         load_hybrid(read_manifest(weights))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda m: m["gate"].update(scan_threshold="x"),
+        lambda m: m["unet"]["config"].update(spacing_mm=[3]),
+        lambda m: m.update(hybrid=3),
+        lambda m: m.update(fusion=[1]),
+    ],
+    ids=["a threshold that is no number", "one spacing", "a part that is a number", "a list"],
+)
+def test_a_manifest_of_wrong_types_is_refused(weights: Path, change: Callable) -> None:
+    edit(weights, change)
+    with pytest.raises(ValueError, match=r"manifest\.json: is no manifest of weights"):
+        read_manifest(weights)
+
+
+def test_a_unet_that_gives_another_shape_is_refused(weights: Path) -> None:
+    """Its values would be spread over the patch."""
+    from onnx import TensorProto, helper
+
+    image = helper.make_tensor_value_info("image", TensorProto.FLOAT, [1, 2, None, None, None])
+    small = helper.make_tensor_value_info("probability", TensorProto.FLOAT, None)
+    mean = helper.make_node("ReduceMean", ["image"], ["probability"], keepdims=1)
+    model = helper.make_model(
+        helper.make_graph([mean], "g", [image], [small]), opset_imports=[helper.make_opsetid("", 17)], ir_version=8
+    )
+    replace_file(weights, "unet", model.SerializeToString())
+    manifest = read_manifest(weights)
+    unet = UNet(manifest.read("unet"), manifest.unet)
+    with pytest.raises(ValueError, match=r"the UNet gave \(1, 1, 1, 1, 1\) for a patch of"):
+        unet.probabilities(np.full((16, 32, 32), 40, np.int16), manifest.unet.spacing_mm)
+
+
+def test_names_that_no_file_system_takes(weights: Path) -> None:
+    (weights / "manifest.json").write_text("[" * 100_000)
+    with pytest.raises(ValueError, match="is not JSON"):
+        read_manifest(weights)
+    with pytest.raises(ValueError, match="no weights there"):
+        find_weights("w" * 300)
 
 
 def test_a_manifest_that_is_no_json(weights: Path) -> None:

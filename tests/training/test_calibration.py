@@ -37,7 +37,7 @@ def test_the_box_of_a_prediction_changes_no_dice() -> None:
     case = Case(Entry("x", Path("x"), None, None), label.astype(np.int16), label, label, (3.0, 1.0, 1.0))
     found = predict(Said(hybrid, unet), case)
     assert found.label.shape == (4, 9, 7)
-    whole = Predicted(label, case.spacing_mm, hybrid.astype(np.float16), unet.astype(np.float16), 0.8)
+    whole = Predicted(label, case.spacing_mm, hybrid.astype(np.float32), unet.astype(np.float32), 0.8)
     for network, values in SEARCHED.items():
         for name in values:
             for value in CHOICES[name]:
@@ -53,22 +53,22 @@ def test_the_slices_gate_withholds_one_lesion_slice_in_twenty(monkeypatch, lowes
     presence = np.full(30, 0.01, np.float32)
     presence[5:26] = lowest + 0.02 * np.arange(21)
     monkeypatch.setattr(calibration, "predict_slices", lambda *_: SlicePredictions(np.zeros(0), presence))
-    encoder = SimpleNamespace(presence_threshold=0.5)
-    manifest = SimpleNamespace(plane="axial", resize="square", window_hu=(-200, 300))
-    pipeline = SimpleNamespace(manifest=manifest, hybrid=SimpleNamespace(prompt_encoder=encoder), targets=4)
+    hybrid = SimpleNamespace(slice_threshold=0.5)
+    manifest = SimpleNamespace(plane="axial", resize="square", window_hu=(-200, 300), slice_mm=3.0)
+    pipeline = SimpleNamespace(manifest=manifest, hybrid=hybrid)
     case = Case(Entry("x", Path("x"), None, None), label.astype(np.int16), label, label, (3.0, 1.0, 1.0))
     healthy = replace(case, label=0 * label)
     gate = choose_slice_gate(pipeline, [case, healthy])
-    assert gate.slice_threshold == encoder.presence_threshold == pytest.approx(expected)
+    assert gate.slice_threshold == hybrid.slice_threshold == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("network", ["hybrid", "unet", "fused"])
 def test_calibration_finds_what_separates(network: str) -> None:
     """Healthy cases score 0.6 and would get false positives, diseased ones 0.9: a threshold must fall between."""
-    lump = np.zeros((3, 6, 6), np.float16)
+    lump = np.zeros((3, 6, 6), np.float32)
     lump[1, 2:4, 2:4] = 0.97
     sick = [Predicted((lump > 0).astype(np.uint8), (10.0,) * 3, lump, lump, 0.9)] * 2
-    healthy = [Predicted(np.zeros(lump.shape, np.uint8), (10.0,) * 3, lump, np.float16(0.6) * lump, 0.6)] * 2
+    healthy = [Predicted(np.zeros(lump.shape, np.uint8), (10.0,) * 3, lump, np.float32(0.6) * lump, 0.6)] * 2
     operating, best = calibrate([*sick, *healthy], network)
     assert best == pytest.approx(1)
     if network == "unet":
@@ -85,7 +85,7 @@ def test_dice_and_nsd_by_hand() -> None:
     """
     label = np.zeros((1, 1, 5), np.uint8)
     label[0, 0, 1:4] = 1
-    said = np.zeros(label.shape, np.float16)
+    said = np.zeros(label.shape, np.float32)
     said[0, 0, 1:3] = 0.97
     case = Predicted(label, (10.0,) * 3, said, said, 0.9)
     assert case.dice(Operating(), "fused") == pytest.approx(0.8)
@@ -99,7 +99,7 @@ def test_dice_and_nsd_by_hand() -> None:
 
 def test_folders_count_alike() -> None:
     """Of three phantoms two right, a healthy one false; a sarcoma missed: ((2/3 − 0.95) + 0) / 2."""
-    lump = np.zeros((3, 6, 6), np.float16)
+    lump = np.zeros((3, 6, 6), np.float32)
     lump[1, 2:4, 2:4] = 0.97
     sick = Predicted((lump > 0).astype(np.uint8), (10.0,) * 3, lump, lump, 0.9, Path("phantoms"))
     healthy = replace(sick, label=0 * sick.label)

@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 from scipy.ndimage import distance_transform_edt
 
+from training.anatomy import Organ
 from training.data import Case, Entry, load_case, read_folder
 from training.implant import GAP_MM, Settings, implant, main, random_crop
+from training.organs import UNKNOWN
 
 SPACING_MM = (3.0, 1.5, 1.5)
 
@@ -94,6 +96,8 @@ def test_the_command_writes_a_folder_that_is_read_again(folder, tmp_path) -> Non
     assert all(case.spacing_mm == pytest.approx((3, 3, 3)) for case in cases)
     given = np.asarray(nib.load(folder / "labelsTr" / "c1.nii.gz").dataobj)
     assert cases[2].label.sum() >= given.sum()
+    assert (cases[2].organs == Organ.LIVER).sum() == given.sum()
+    assert (cases[-1].organs == UNKNOWN).all()
     main(Settings(folder, tmp_path / "again", count=1, seed=3))
     again = load_case(read_folder(tmp_path / "again")[0])
     np.testing.assert_array_equal(again.hu, cases[0].hu)

@@ -12,7 +12,9 @@ import nibabel as nib
 import numpy as np
 import pytest
 
+from training.anatomy import Organ
 from training.data import load_case, read_folder, split
+from training.organs import UNKNOWN
 
 RECIPE = Path(__file__).parents[2] / "training" / "recipes" / "real.py"
 AFFINE = np.array([[-2, 0, 0, 9], [0, -2, 0, 8], [0, 0, 3, -7], [0, 0, 0, 1.0]])
@@ -21,7 +23,7 @@ AFFINE = np.array([[-2, 0, 0, 9], [0, -2, 0, 8], [0, 0, 3, -7], [0, 0, 0, 1.0]])
 def test_crops_hold_the_tumour_and_stay_where_they_were_in_space(tmp_path) -> None:
     """Each scan's HU tell their own place, so that a crop can be checked against the affine that it is written with."""
     data, out = tmp_path / "data", tmp_path / "out"
-    for folder in ("sts/images", "sts/labels", "abdomen/images"):
+    for folder in ("sts/images", "sts/labels", "abdomen/images", "abdomen/organs"):
         (data / folder).mkdir(parents=True)
     i, j, k = np.indices((20, 24, 12))
     hu, label = (i + 20 * j + 480 * k - 1000).astype(np.int16), np.zeros(i.shape, np.uint8)
@@ -31,6 +33,9 @@ def test_crops_hold_the_tumour_and_stay_where_they_were_in_space(tmp_path) -> No
         nib.save(nib.Nifti1Image(label, AFFINE), data / "sts" / "labels" / f"{name}.nii.gz")
     trunk = np.random.default_rng(0).normal(50, 10, (40, 40, 30)).astype(np.int16)
     nib.save(nib.Nifti1Image(trunk, AFFINE), data / "abdomen" / "images" / "X_0000.nii.gz")
+    codes = np.full(trunk.shape, 5, np.uint8)  # liver
+    codes[:10], codes[-10:] = 22, 89  # a prostate, which no phantom has, and a muscle
+    nib.save(nib.Nifti1Image(codes, AFFINE), data / "abdomen" / "organs" / "X.nii.gz")
     (data / "splits.json").write_text(json.dumps({"sts": {"train": list("ABCDEFGH"), "val": []}}))
     (out / "sarcomas" / "imagesTr").mkdir(parents=True)
     shutil.copy(data / "sts" / "images" / "A_0000.nii.gz", out / "sarcomas" / "imagesTr" / "old_0000.nii.gz")
@@ -48,10 +53,14 @@ def test_crops_hold_the_tumour_and_stay_where_they_were_in_space(tmp_path) -> No
     assert [entry.patient for entry in training] == [*"AAAABBBB"]
     assert [entry.patient for entry in held_out] == [*"CDEFGH"]
     assert [entry.patient for entry in read_folder(out / "sarcomas_held_out")] == [*"CCDDEEFFGGHH"]
-    implants = read_folder(out / "implants")
-    assert sorted({entry.patient for entry in implants}) == ["A", "B", "X"]
-    drawn = [entry for entry in implants if entry.patient == "X"]
+    assert sorted({entry.patient for entry in read_folder(out / "implants")}) == ["A", "B"]
+    abdomen, held_out = split((out / "abdomen", out / "sarcomas"), 2)
+    drawn = [entry for entry in abdomen if entry.patient == "X"]
+    assert "X" not in {entry.patient for entry in held_out}  # one patient is wholly trained on
     assert len(drawn) == 20
     assert all(entry.annotated == "partial" for entry in drawn)
-    assert {entry.patient for entry in split((out / "implants",), 1)[1]} == {"X"}
-    assert any(load_case(entry).label.any() for entry in drawn)
+    cases = [load_case(entry) for entry in drawn]
+    assert any(case.label.any() for case in cases)
+    assert all(set(np.unique(case.organs)) == {Organ.LIVER, Organ.MUSCLE, UNKNOWN} for case in cases)
+    middle = cases[0].organs[:, :, cases[0].organs.shape[2] // 2]
+    assert (middle == Organ.LIVER).all()

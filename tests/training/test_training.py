@@ -14,7 +14,15 @@ from inference.hybrid.config import PRESETS, HybridConfig
 from inference.unet import UNetConfig
 from training import hybrid_training, unet_training
 from training.anatomy import Organ
-from training.augmentation import InPlane, Intensity, RandomInPlane, RandomIntensity
+from training.augmentation import (
+    ENHANCED,
+    Enhancement,
+    InPlane,
+    Intensity,
+    RandomEnhancement,
+    RandomInPlane,
+    RandomIntensity,
+)
 from training.data import read_folder
 from training.hybrid_data import StackSampler, slice_cases
 from training.loop import Budget, Run, learning_rate_factor, train
@@ -234,8 +242,43 @@ def test_augmentation_by_hand() -> None:
     torch.testing.assert_close(Intensity(gamma=2.0)(values), torch.tensor([0.0, 0.0625, 1.0]))
 
 
+def test_enhancement_by_hand() -> None:
+    """A liver of 85 HU, 60 above fluid, enhanced by half more: 115, a third of that beside a straight edge; a cyst in
+    it and the fat beside it stay what they are."""
+    organs = torch.full((2, 6, 6), int(Organ.FAT), dtype=torch.uint8)
+    organs[0, :, 3:] = Organ.LIVER
+    hu = torch.full(organs.shape, 85.0)
+    hu[0, 4, 5], hu[0, :, 0] = 10, -100
+    changed = Enhancement(tuple(1 + 0.5 * (organ == Organ.LIVER) for organ in ENHANCED))(hu, organs)
+    torch.testing.assert_close(changed[0, 2], torch.tensor([-100.0, 85, 95, 105, 115, 115]))
+    assert changed[0, 4, 5] == 10
+    assert torch.equal(changed[1], hu[1])
+    drawn = [RandomEnhancement(0.5, 0.2).draw(np.random.default_rng(seed)) for seed in range(400)]
+    changed = [each.factors for each in drawn if each != Enhancement()]
+    assert 160 < len(changed) < 240
+    assert np.log(changed).std() == pytest.approx(0.2, rel=0.1)
+    assert Organ.FAT not in ENHANCED
+
+
+def test_stacks_show_organs_more_or_less_enhanced(folder, tmp_path) -> None:
+    """Lesions lie in a liver 125 HU above fluid: their means spread with the factors, not without; air is air."""
+    sampler = stack_sampler(folder, tmp_path, 4, seed=3)
+    sampler.intensity = RandomIntensity(0, 0, 0)
+
+    def livers(kind: RandomEnhancement) -> list[float]:
+        sampler.enhancement = kind
+        batch = sampler.batch(0, range(40))
+        targets = batch.image[:, 2:6]
+        inside = (batch.organs == Organ.LIVER) & (batch.label > 0) & (targets > 0)
+        assert (targets[batch.organs == Organ.AIR] == 0).float().mean() > 0.9
+        return [float(part[own].mean() * 500) for part, own in zip(targets, inside, strict=True) if own.sum() > 50]
+
+    assert np.std(livers(RandomEnhancement(share=0))) < 10
+    assert np.std(livers(RandomEnhancement(share=1, spread=0.2))) == pytest.approx(25, rel=0.5)
+
+
 def test_a_draw_can_be_replayed() -> None:
-    for kind in (RandomInPlane(), RandomIntensity()):
+    for kind in (RandomInPlane(), RandomIntensity(), RandomEnhancement(share=1)):
         first, second = (kind.draw(np.random.default_rng(5)) for _ in range(2))
         assert first == second
         assert first != kind.draw(np.random.default_rng(6))

@@ -6,8 +6,9 @@ OUT/sarcomas: the training scans. They were cut 5 cm around each tumour, so that
 comes several times, of each of its six margins another random share cut away, as it was done to the validation scans;
 but the last six patients once, since those are what a training validates on. OUT/sarcomas_held_out: those six again, to
 choose thresholds on.
-OUT/implants: drawn lesions in the other sarcoma scans, for a real scanner's texture, and in the abdomen, whose name is
-the last, so that a training validates on it: what it finds in a region of the body that it knows from phantoms only.
+OUT/implants: drawn lesions in the other sarcoma scans, for a real scanner's texture. OUT/abdomen: the same in the one
+scan of an abdomen, with its organs, which a network has to tell from lesions; one patient, so that a training learns
+from all of it.
 """
 
 from __future__ import annotations
@@ -24,10 +25,30 @@ from tyro.conf import Positional
 
 from inference.fusion import bounding_box
 from training import implant
+from training.anatomy import Organ
 from training.data import Entry, write_rows
+from training.organs import UNKNOWN
 
-PARTS = ("imagesTr", "labelsTr")
+PARTS = ("imagesTr", "labelsTr", "organsTr")
 HELD_OUT = 6  # patients
+ORGANS: dict[Organ, tuple[int, ...]] = {  # what the scan shows, in TotalSegmentator's codes (`total`, version 2)
+    Organ.SPLEEN: (1,),
+    Organ.KIDNEY: (2, 3),
+    Organ.GALLBLADDER: (4,),
+    Organ.LIVER: (5,),
+    Organ.STOMACH: (6,),
+    Organ.PANCREAS: (7,),
+    Organ.ADRENAL: (8, 9),
+    Organ.LUNG: (10, 11, 14),
+    Organ.BOWEL: (18, 19),
+    Organ.COLON: (20,),
+    Organ.BLADDER: (21,),
+    Organ.AORTA: (52, 65, 66),  # as in a phantom, with its large branches
+    Organ.VESSEL: (63, 64, 67, 68),
+    Organ.BONE: (*range(25, 34), *range(75, 79), *range(98, 104), *range(110, 116), 117),
+    Organ.CANAL: (79,),
+    Organ.MUSCLE: tuple(range(80, 90)),
+}
 
 
 def entry(folder: Path, name: str) -> Entry:
@@ -63,10 +84,30 @@ def write_crops(cases: list[Entry], out: Path, counts: list[int], seed: int) -> 
     write_rows(out, [crop(case, out, f"{case.name}_{n}", (seed, index, n)) for case, index, n in bar])
 
 
-def write_implants(cases: list[Entry], out: Path, each: int, first: int = 0) -> list[Entry]:
-    """So many scans of each case with drawn lesions, in a FLARE folder whose rows are yet to be written."""
-    settings = implant.Settings(Path(), out, each * len(cases), seed=first)
-    return [implant.make(cases, settings, n) for n in tqdm(range(settings.count), desc=out.name, unit="scan")]
+def write_implants(cases: list[Entry], out: Path, each: int, seed: int) -> None:
+    """A FLARE folder with so many scans of each case, with drawn lesions."""
+    fresh(out)
+    settings = implant.Settings(Path(), out, each * len(cases), seed)
+    bar = tqdm(range(settings.count), desc=out.name, unit="scan")
+    write_rows(out, [implant.make(cases, settings, number) for number in bar])
+
+
+def abdomen_entry(scan: Path, out: Path) -> Entry:
+    """The scan with its organs in phantoms' codes. It may hold lesions that nobody looked for."""
+    name = scan.name.removesuffix("_0000.nii.gz")
+    named = nib.Nifti1Image.from_filename(scan.parents[1] / "organs" / f"{name}.nii.gz")
+    organs = out / f"{name}_organs.nii.gz"
+    out.mkdir(parents=True, exist_ok=True)
+    nib.save(nib.Nifti1Image(renamed(np.asanyarray(named.dataobj)), named.affine, named.header), organs)
+    return Entry(name, scan, None, organs, "partial")
+
+
+def renamed(codes: np.ndarray) -> np.ndarray:
+    """TotalSegmentator's codes → `Organ`, uint8; `UNKNOWN` where it named nothing that phantoms have."""
+    table = np.full(256, UNKNOWN, np.uint8)
+    for organ, theirs in ORGANS.items():
+        table[list(theirs)] = organ
+    return table[codes]
 
 
 def fresh(folder: Path) -> None:
@@ -83,17 +124,9 @@ def main(data: Positional[Path], out: Positional[Path], crops: int = 8) -> None:
     learnt, kept = cases[:-HELD_OUT], cases[-HELD_OUT:]
     write_crops(cases, out / "sarcomas", [crops] * len(learnt) + [1] * len(kept), seed=0)
     write_crops(kept, out / "sarcomas_held_out", [2] * len(kept), seed=1)
-    fresh(out / "implants")
-    abdomen = [
-        # a lesion that nobody looked for may be in it: what is drawn is not all there is to know
-        Entry(path.name.removesuffix("_0000.nii.gz"), path, None, None, "partial")
-        for path in sorted((data / "abdomen" / "images").glob("*_0000.nii.gz"))
-    ]
-    made = [
-        *write_implants(abdomen, out / "implants", each=5 * crops),
-        *write_implants(learnt, out / "implants", each=2, first=1),
-    ]
-    write_rows(out / "implants", made)
+    write_implants(learnt, out / "implants", each=2, seed=1)
+    scans = sorted((data / "abdomen" / "images").glob("*_0000.nii.gz"))
+    write_implants([abdomen_entry(scan, out) for scan in scans], out / "abdomen", each=5 * crops, seed=0)
 
 
 if __name__ == "__main__":

@@ -14,13 +14,15 @@ export MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=20000000000 MALLOC_TOP_PAD_=500
 
 # Patients to learn from, as the networks see them, others for each round, and others to choose the thresholds on.
 phantoms() {
-    [ -e "$work/$1/cases.csv" ] || $run phantoms --out "$work/$1" --count "$2" --seed "$3" --network-grid --jobs 2
+    folder=$1 count=$2 seed=$3
+    shift 3
+    [ -e "$work/$folder/cases.csv" ] || $run phantoms --out "$work/$folder" --count "$count" --seed "$seed" --network-grid --jobs 2 "$@"
 }
 phantoms phantoms_1 743 1000
 phantoms phantoms_2 480 4000
 phantoms phantoms_3 540 5000
-phantoms phantoms_held_out 48 2000
-[ -e "$work/real/implants/cases.csv" ] || python "$(dirname "$0")/real.py" "$data" "$work/real"
+phantoms phantoms_held_out 64 2000 --healthy-share 0.5
+[ -e "$work/real/abdomen/cases.csv" ] || python "$(dirname "$0")/real.py" "$data" "$work/real"
 
 # Many steps on small patches teach what a lesion is; batch norm lets larger ones finish the work.
 patches="--jobs 2 --batch 3 --small 32 64 64 --patch 48 96 96"

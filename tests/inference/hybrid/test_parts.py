@@ -4,20 +4,18 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from inference.hybrid import layout
 from inference.hybrid.cnn_unet import (
     AttentionStem,
     Conv,
     Depth,
     PlaneConv,
     PlaneUp,
-    channel_mean,
-    cut_planes,
     fold_batch_norms,
-    join,
-    plane_mean,
 )
 from inference.hybrid.config import HybridConfig
 from inference.hybrid.cross_branch import HEADS, CnnToVit, VitToCnn, unwindow, windows
+from inference.hybrid.layout import channel_mean, cut_planes, dot, double_size, join, plane_mean
 from inference.hybrid.mask_decoder import BatchMaskDecoder
 
 CONFIG = HybridConfig(64, 4, 4, 0, cnn_width=8, prompt_dim=32)
@@ -91,6 +89,30 @@ def test_means_as_products_are_means(memory_format: torch.memory_format) -> None
     x = torch.randn(2, 6, 5, 7, dtype=torch.float64).to(memory_format=memory_format)
     torch.testing.assert_close(plane_mean(x), x.mean(dim=(2, 3)))
     torch.testing.assert_close(channel_mean(x), x.mean(dim=1, keepdim=True))
+
+
+def test_a_graphs_forms_are_torchs(monkeypatch) -> None:
+    """Both ways of each operation, on the same maps."""
+    torch.manual_seed(0)
+    maps, planes = torch.randn(2, 5, 6, 4, 8).double(), torch.randn(3, 6, 4, 8).double()
+    weight, bias, vector = torch.randn(6, 4, 2, 2).double(), torch.randn(4).double(), torch.randn(3, 6).double()
+    said = []
+    for exporting in (False, True):
+        monkeypatch.setattr(layout, "graph", lambda exporting=exporting: exporting)
+        said.append(
+            [
+                cut_planes(maps, 1, 3),
+                join([maps, maps[:, :, :2]], 2),
+                join([maps, maps[:, 2:]], 1),
+                plane_mean(planes),
+                channel_mean(planes),
+                double_size(planes, weight, bias),
+                dot(vector, planes),
+            ]
+        )
+    for ours, graphs in zip(*said, strict=True):
+        torch.testing.assert_close(ours, graphs)
+    torch.testing.assert_close(said[0][-1], (vector[:, :, None, None] * planes).sum(dim=1))
 
 
 @pytest.mark.parametrize(("size", "dilation", "depth"), [(3, 1, Depth.NONE), (3, 3, Depth.SHRINK), (5, 1, Depth.KEEP)])

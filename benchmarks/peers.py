@@ -1,0 +1,165 @@
+"""This program beside others on one scan, each in a process of its own from a cold start: time, memory, memory × time.
+
+    make peers && python -m benchmarks.peers --slices 100 --work runs/peers
+
+Ours in its three sizes (`base` and `paper` with random weights: nobody trained them), the paper's way (`paper` in
+float32, window by window), nnU-Net v2's predictor with the plan of the FLARE 2024 winner's class and SAM ViT-B slice by
+slice, both with random weights. What would take hours on a CPU can be given fewer slices (`--slow-slices`); its time is
+then scaled to all of them, and told so.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+import tyro
+from tqdm import tqdm
+
+from benchmarks.cold_start import write_scan
+from benchmarks.demo import REPOSITORY
+from benchmarks.nnunet import PEERS
+from eval.containers import local_command, run_case
+from eval.machine import describe, find_gpu
+from eval.sampler import system_readers
+from eval.usage import area_above, usage_of
+from inference.hybrid.config import PRESETS, HybridConfig
+from inference.hybrid.model import Hybrid
+from inference.unet import UNetConfig
+from training.release import Recipe, release
+from training.unet import build_unet, export_onnx
+
+OURS = "small"
+SLOW = ("paper", "paper's way", "SAM ViT-B")  # on a CPU
+DEVICE = {"cpu": "cpu", "cuda": "cuda:0"}
+
+
+@dataclass(frozen=True)
+class Settings:
+    slices: int = 100
+    slow_slices: int = 0  # for those of SLOW; 0 for all
+    device: str = "cpu"  # or cuda
+    work: Path = Path("runs/peers")  # random weights are kept there
+    contestants: tuple[str, ...] = ()  # all, unless they are named
+    timeout_s: float = 7200.0
+    out: Path = Path("benchmarks/results/peers.json")
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """A program that takes a folder of inputs and one of outputs; peer: not ours, so not installed with it."""
+
+    command: str
+    peer: bool = False
+
+
+def contestants(settings: Settings) -> dict[str, Contestant]:
+    device = DEVICE[settings.device]
+    ours = f"sh {REPOSITORY / 'predict.sh'} --device {device} --weights"
+    module = f"env PYTHONPATH={REPOSITORY} {sys.executable} -m benchmarks."
+    weights, peer = (settings.work / "weights").resolve(), PEERS / "python"
+    found = {
+        OURS: Contestant(f"{ours} small"),
+        "base": Contestant(f"{ours} {weights / 'base'}"),
+        "paper": Contestant(f"{ours} {weights / 'paper'}"),
+        "paper's way": Contestant(f"{module}papers_way {weights / 'paper'} {device}"),
+        "nnU-Net": Contestant(
+            f"{peer} {REPOSITORY / 'benchmarks' / 'nnunet_predicting.py'} {settings.device}", peer=True
+        ),
+        "SAM ViT-B": Contestant(f"{module}sam_slices {device}"),
+    }
+    unknown = set(settings.contestants) - set(found)
+    if unknown:
+        raise SystemExit(f"--contestants {' '.join(sorted(unknown))}: unknown: use some of {', '.join(found)}")
+    chosen = {name: one for name, one in found.items() if name in (settings.contestants or tuple(found))}
+    if any(one.peer for one in chosen.values()) and not peer.exists():
+        raise SystemExit(f"{peer} is not there: run `make peers`, which installs nnU-Net in an environment of its own")
+    return chosen
+
+
+def random_weights(name: str, config: HybridConfig, folder: Path) -> None:
+    """A folder of weights of a preset that know nothing, unless it is there."""
+    if (folder / "manifest.json").exists():
+        return
+    torch.manual_seed(0)
+    unet = UNetConfig()
+    folder.mkdir(parents=True, exist_ok=True)
+    export_onnx(build_unet(unet).eval(), unet, folder / "unet.onnx")
+    recipe = Recipe(name, config, unet=unet)
+    release(Hybrid(config).eval().state_dict(), (folder / "unet.onnx").read_bytes(), recipe, folder)
+
+
+def measure(contestant: Contestant, scan: Path, work: Path, settings: Settings) -> dict[str, Any]:
+    """Wall time, peaks and areas of one cold start. RuntimeError with what it said where it left no mask."""
+    gpu = find_gpu(0) if settings.device == "cuda" else None
+    work.mkdir(parents=True)
+    run = run_case(local_command(contestant.command, None), scan, work, system_readers(gpu), settings.timeout_s)
+    if run.status != "done":
+        raise RuntimeError(f"{contestant.command}: {run.status}: {run.output[-2000:]}")
+    usage, ram_mib = usage_of(run.samples, run.idle_gpu_mib), [sample.ram_mib for sample in run.samples]
+    told = {
+        "seconds": run.time_s,
+        "ram_mib": usage.max_ram_mib - ram_mib[0],  # the machine's, above what it was before
+        "ram_mib_s": area_above([sample.t_s for sample in run.samples], ram_mib, ram_mib[0]),
+    }
+    if usage.max_gpu_mib is not None and usage.auc_gpu_mib_s is not None:
+        told |= {"gpu_mib": usage.max_gpu_mib, "gpu_mib_s": usage.auc_gpu_mib_s}
+    return {name: round(value, 1) for name, value in told.items()}
+
+
+def scaled(figures: dict[str, Any], share: float) -> dict[str, Any]:
+    """Of all slices, from those of a share of them: what grows with time, start included, so rather too much."""
+    grows = ("seconds", "ram_mib_s", "gpu_mib_s")
+    return {name: round(value / share, 1) if name in grows else value for name, value in figures.items()}
+
+
+def ratios(found: dict[str, dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """How many times as much each takes as ours."""
+    ours = found.get(OURS)
+    if ours is None:
+        return {}
+    return {
+        name: {kind: round(value / ours[kind], 2) for kind, value in figures.items() if ours.get(kind)}
+        for name, figures in found.items()
+    }
+
+
+def main(settings: Settings) -> None:
+    entered, scans = contestants(settings), settings.work / "scans"
+    makers: dict[str, Callable[[], None]] = {
+        name: lambda name=name: random_weights(name, PRESETS[name], settings.work / "weights" / name)  # type: ignore[misc]
+        for name in ("base", "paper")
+    }
+    for name in entered:
+        makers.get(name.removesuffix("'s way"), lambda: None)()
+    whole = write_scan(scans / str(settings.slices), settings.slices)
+    few = settings.slow_slices or settings.slices
+    part = write_scan(scans / str(few), few)
+    found: dict[str, dict[str, Any]] = {}
+    for name, contestant in tqdm(entered.items(), unit="program"):
+        slow = name in SLOW and few < settings.slices
+        folder = settings.work / f"{datetime.now(UTC):%Y%m%dT%H%M%S} {name}"
+        figures = measure(contestant, part if slow else whole, folder, settings)
+        found[name] = scaled(figures, few / settings.slices) if slow else figures
+        tqdm.write(f"{name}: {found[name]}")
+    told = {
+        "date": datetime.now(UTC).date().isoformat(),
+        "command": f"python -m benchmarks.peers --slices {settings.slices} --slow-slices {settings.slow_slices}"
+        f" --device {settings.device}",
+        "machine": describe(find_gpu(0) if settings.device == "cuda" else None),
+        "scaled_from_slices": {name: few for name in found if name in SLOW and few < settings.slices},
+        "figures": found,
+        "times_ours": ratios(found),
+    }
+    settings.out.parent.mkdir(parents=True, exist_ok=True)
+    settings.out.write_text(json.dumps(told, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Settings, description=__doc__))

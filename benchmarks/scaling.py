@@ -1,0 +1,107 @@
+"""Time and memory of a cold start against the number of slices, and of a process against its number of cases.
+
+    python -m benchmarks.scaling
+
+Scans are those of `benchmarks.cold_start`: 512×512 voxels a slice, a trunk of 750 mm at most, so that many slices are
+thinner ones, and the networks' work grows more slowly than their number. Peak memory is the kernel's count.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+import time
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import tyro
+from tqdm import tqdm
+
+from benchmarks.cold_start import write_scan
+from benchmarks.kills import command
+from inference.limits import cores
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+COLOUR = "#2a78b5"
+
+
+@dataclass(frozen=True)
+class Settings:
+    slices: tuple[int, ...] = (50, 100, 200, 500, 1059)
+    cases: tuple[int, ...] = (1, 2, 4)  # a process, of the fewest slices
+    weights: str = "small"
+    out: Path = Path("benchmarks/results/scaling.json")  # and a picture beside it
+
+
+def measure(scans: Path, out: Path, weights: str) -> dict[str, float]:
+    """Wall time and peak memory of one process. RuntimeError where it fails."""
+    start = time.monotonic()
+    process = subprocess.Popen(command(scans, out, weights), stderr=subprocess.DEVNULL)
+    _, status, usage = os.wait4(process.pid, 0)
+    seconds = time.monotonic() - start
+    process.returncode = os.waitstatus_to_exitcode(status)  # or Popen would ask for it again
+    if process.returncode:
+        raise RuntimeError(f"{scans}: the program ended with {process.returncode}")
+    return {"seconds": round(seconds, 1), "peak_mib": usage.ru_maxrss // 2**10}
+
+
+def by_slices(settings: Settings, folder: Path) -> dict[int, dict[str, float]]:
+    found = {}
+    for slices in tqdm(settings.slices, unit="scan"):
+        scan = write_scan(folder / str(slices), slices)
+        found[slices] = measure(scan.parent, folder / f"out {slices}", settings.weights)
+    return found
+
+
+def by_cases(settings: Settings, folder: Path) -> dict[int, dict[str, float]]:
+    found, scan = {}, write_scan(folder / "one", min(settings.slices))
+    for count in tqdm(settings.cases, unit="process"):
+        scans = folder / f"{count} cases"
+        scans.mkdir()
+        for case in range(count):
+            shutil.copy(scan, scans / f"{case}_0000.nii.gz")
+        found[count] = measure(scans, folder / f"out {count} cases", settings.weights)
+    return found
+
+
+def draw(told: dict[str, Any], path: Path) -> None:
+    figure, panels = plt.subplots(2, 2, figsize=(9, 5), layout="constrained", sharex="col")
+    for column, (kind, label) in enumerate((("slices", "slices"), ("cases", "cases a process"))):
+        counts = list(told[kind])
+        for row, (value, unit) in enumerate((("seconds", "s"), ("peak_mib", "peak memory, MiB"))):
+            panel = panels[row][column]
+            panel.plot(counts, [told[kind][count][value] for count in counts], "o-", color=COLOUR)
+            panel.set(ylabel=unit, ylim=(0, None), xlim=(0, None))
+            panel.spines[["top", "right"]].set_visible(False)
+        panels[1][column].set_xlabel(label)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def main(settings: Settings) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        found = {"slices": by_slices(settings, Path(folder)), "cases": by_cases(settings, Path(folder))}
+    told: dict[str, Any] = {
+        "date": datetime.now(UTC).date().isoformat(),
+        "command": "python -m benchmarks.scaling",
+        "machine": f"{platform.machine()}, {cores()} cores, CPU",
+        "slices_of_the_cases": min(settings.slices),
+        **found,
+    }
+    settings.out.parent.mkdir(parents=True, exist_ok=True)
+    settings.out.write_text(json.dumps(told, indent=1) + "\n")
+    draw(told, settings.out.with_suffix(".png"))
+    print(json.dumps(told, indent=1))
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Settings, description=__doc__))
