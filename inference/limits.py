@@ -14,7 +14,8 @@ from pathlib import Path
 
 BASE_MIB = 350  # interpreter, libraries, both networks of the weights `small`, without torch
 LEAST_MIB = 200  # for the networks' intermediate results: one slice, the smallest patch
-SCAN_BYTES = 6  # a voxel: HU take two; fusion two masks of one, and components of up to four
+NETWORK_BYTES = 3  # a voxel while networks run: HU take two, thin slices put together one at most
+FUSION_BYTES = 6  # a voxel afterwards, when HU are gone: two masks of one, components of up to four
 
 THREADS_SHARE = 4
 CGROUPS = Path("/sys/fs/cgroup")
@@ -38,20 +39,26 @@ def memory_mib() -> int:
     return min([machine, *limits]) // 2**20
 
 
-def room_mib(path: Path, shape: tuple[int, ...], voxel_bytes: int = SCAN_BYTES, beside_mib: int = 0) -> int:
+def room_mib(path: Path, shape: tuple[int, ...], read_bytes: int = FUSION_BYTES, beside_mib: int = 0) -> int:
     """Memory left beside a scan for the networks' intermediate results. ValueError where that is too little.
 
-    voxel_bytes: of the scan, at least `SCAN_BYTES`; beside_mib: what else is needed.
+    read_bytes: a voxel, while the scan is read; beside_mib: for the networks' probabilities.
     """
-    there, scan_mib = memory_mib(), math.prod(shape) * max(SCAN_BYTES, voxel_bytes) // 2**20 + beside_mib
-    room = there - BASE_MIB - scan_mib
-    if room < LEAST_MIB:
-        size, needed = "×".join(map(str, reversed(shape))), BASE_MIB + scan_mib + LEAST_MIB
+    there, voxels = memory_mib(), math.prod(shape)
+    base = BASE_MIB + beside_mib
+    beside_networks = base + _mib(NETWORK_BYTES * voxels)
+    needed = max(base + _mib(max(FUSION_BYTES, read_bytes) * voxels), beside_networks + LEAST_MIB)
+    if there < needed:
+        size = "×".join(map(str, reversed(shape)))
         raise ValueError(
             f"{path}: its {size} voxels need {needed} MiB of memory, {there} are there: "
             "give the container more, or crop the scan"
         )
-    return room
+    return there - beside_networks
+
+
+def _mib(count_bytes: int) -> int:
+    return math.ceil(count_bytes / 2**20)
 
 
 def give_back() -> None:

@@ -124,9 +124,7 @@ def patch_within(config: UNetConfig, memory_mib: float) -> UNetConfig:
         patch[patch.index(max(patch))] //= 2
     if tuple(patch) == config.patch:
         return config
-    logger.warning(
-        "little memory: patches of %s voxels instead of %s: the mask may differ a little", patch, config.patch
-    )
+    logger.warning("little memory: patches of %s voxels instead of %s: the mask may differ", patch, config.patch)
     return dataclasses.replace(config, patch=(patch[0], patch[1], patch[2]))
 
 

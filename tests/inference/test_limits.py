@@ -70,16 +70,26 @@ def test_no_limit_is_the_machine(groups: Groups, own: str, files: dict[str, str]
 
 
 def test_room_by_hand(groups: Groups) -> None:
-    """512×512×100 voxels of 6 bytes are 150 MiB, of 10 bytes 250; 350 are there before, 200 are the least."""
+    """512×512×100 voxels are 75 MiB while networks run, which need 200 at least, 350 being there before."""
     groups("0::/\n", {"memory.max": str(1000 * 2**20)})
-    assert limits.room_mib(Path("x"), (100, 512, 512)) == 500
-    assert limits.room_mib(Path("x"), (100, 512, 512), voxel_bytes=4, beside_mib=7) == 493
-    assert limits.room_mib(Path("x"), (100, 512, 512), voxel_bytes=10) == 400
-    groups("0::/\n", {"memory.max": str(699 * 2**20)})
-    with pytest.raises(
-        ValueError, match=r"in/x_0000.nii.gz: its 512×512×100 voxels need 700 MiB of memory, 699 are there"
-    ):
-        limits.room_mib(Path("in/x_0000.nii.gz"), (100, 512, 512))
+    assert limits.room_mib(Path("x"), (100, 512, 512)) == 575
+    assert limits.room_mib(Path("x"), (100, 512, 512), beside_mib=7) == 568
+    assert limits.room_mib(Path("x"), (100, 512, 512), read_bytes=26) == 575  # 350 + 650: just so
+
+
+@pytest.mark.parametrize(
+    ("slices", "read_bytes", "needed"),
+    [
+        (100, 2, 350 + 75 + 200),  # the networks decide
+        (300, 2, 350 + 450),  # fusion does: 6 bytes a voxel, but no network beside it
+        (300, 10, 350 + 750),  # reading does
+    ],
+)
+def test_too_little_room(groups: Groups, slices: int, read_bytes: int, needed: int) -> None:
+    groups("0::/\n", {"memory.max": str(needed * 2**20 - 1)})
+    said = f"in/x_0000.nii.gz: its 512×512×{slices} voxels need {needed} MiB of memory, {needed - 1} are there"
+    with pytest.raises(ValueError, match=said):
+        limits.room_mib(Path("in/x_0000.nii.gz"), (slices, 512, 512), read_bytes)
 
 
 def test_threads_leave_room_in_the_number_of_processes(groups: Groups) -> None:
