@@ -4,12 +4,13 @@
 
 Ours in its three sizes (`base` and `paper` with random weights: nobody trained them), the paper's way (`paper` in
 float32, window by window), nnU-Net v2's predictor with the plan of the FLARE 2024 winner's class and SAM ViT-B slice by
-slice, both with random weights. What would take hours on a CPU can be given fewer slices (`--slow-slices`); its time is
-then scaled to all of them, and told so.
+slice, both with random weights. What would take hours on a CPU can be given fewer slices (`--slow-slices`), once so
+many and once twice as many; what each more takes is then told for all of them, and that it is so.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 from collections.abc import Callable
@@ -43,7 +44,7 @@ DEVICE = {"cpu": "cpu", "cuda": "cuda:0"}
 @dataclass(frozen=True)
 class Settings:
     slices: int = 100
-    slow_slices: int = 0  # for those of SLOW; 0 for all
+    slow_slices: int = 0  # for those of SLOW, and twice as many; 0 for all
     device: str = "cpu"  # or cuda
     work: Path = Path("runs/peers")  # random weights are kept there
     contestants: tuple[str, ...] = ()  # all, unless they are named
@@ -113,10 +114,10 @@ def measure(contestant: Contestant, scan: Path, work: Path, settings: Settings) 
     return {name: round(value, 1) for name, value in told.items()}
 
 
-def scaled(figures: dict[str, Any], share: float) -> dict[str, Any]:
-    """Of all slices, from those of a share of them: what grows with time, start included, so rather too much."""
-    grows = ("seconds", "ram_mib_s", "gpu_mib_s")
-    return {name: round(value / share, 1) if name in grows else value for name, value in figures.items()}
+def continued(few: dict[str, Any], more: dict[str, Any], slices: int, all_slices: int) -> dict[str, Any]:
+    """Seconds of all slices, on the line through those of a few and of twice as many; peaks of the latter, no areas."""
+    told = {name: peak for name, peak in more.items() if not name.endswith("_mib_s")}
+    return told | {"seconds": round(few["seconds"] + (more["seconds"] - few["seconds"]) * (all_slices / slices - 1), 1)}
 
 
 def ratios(found: dict[str, dict[str, Any]]) -> dict[str, dict[str, float]]:
@@ -138,22 +139,21 @@ def main(settings: Settings) -> None:
     }
     for name in entered:
         makers.get(name.removesuffix("'s way"), lambda: None)()
-    whole = write_scan(scans / str(settings.slices), settings.slices)
-    few = settings.slow_slices or settings.slices
-    part = write_scan(scans / str(few), few)
+    few = settings.slow_slices
+    shares = {name: (few, 2 * few) if few and name in SLOW else (settings.slices,) for name in entered}
+    scan_of = {count: write_scan(scans / str(count), count) for count in {*itertools.chain(*shares.values())}}
     found: dict[str, dict[str, Any]] = {}
     for name, contestant in tqdm(entered.items(), unit="program"):
-        slow = name in SLOW and few < settings.slices
         folder = settings.work / f"{datetime.now(UTC):%Y%m%dT%H%M%S} {name}"
-        figures = measure(contestant, part if slow else whole, folder, settings)
-        found[name] = scaled(figures, few / settings.slices) if slow else figures
+        runs = [measure(contestant, scan_of[count], folder / str(count), settings) for count in shares[name]]
+        found[name] = continued(*runs, few, settings.slices) if len(runs) == 2 else runs[0]
         tqdm.write(f"{name}: {found[name]}")
     told = {
         "date": datetime.now(UTC).date().isoformat(),
         "command": f"python -m benchmarks.peers --slices {settings.slices} --slow-slices {settings.slow_slices}"
         f" --device {settings.device}",
         "machine": describe(find_gpu(0) if settings.device == "cuda" else None),
-        "scaled_from_slices": {name: few for name in found if name in SLOW and few < settings.slices},
+        "continued_from_slices": {name: counts for name, counts in shares.items() if len(counts) == 2},
         "figures": found,
         "times_ours": ratios(found),
     }

@@ -124,10 +124,12 @@ def test_a_short_soak(random_weights: Path, tmp_path: Path) -> None:
     assert (tmp_path / "soak.png").stat().st_size > 5000
 
 
-def test_ratios_and_scaling_by_hand() -> None:
+def test_ratios_and_more_slices_by_hand() -> None:
     found = {"small": {"seconds": 10.0, "ram_mib": 500.0}, "nnU-Net": {"seconds": 35.0, "ram_mib": 2000.0}}
     assert peers.ratios(found) == {"small": {"seconds": 1, "ram_mib": 1}, "nnU-Net": {"seconds": 3.5, "ram_mib": 4}}
-    assert peers.scaled({"seconds": 30.0, "ram_mib": 7.0}, 0.1) == {"seconds": 300.0, "ram_mib": 7.0}
+    few, more = {"seconds": 30.0, "ram_mib": 7.0}, {"seconds": 50.0, "ram_mib": 8.0, "ram_mib_s": 400.0}
+    told = peers.continued(few, more, slices=4, all_slices=100)  # 5 s a slice, and 10 for the start
+    assert told == {"seconds": 510.0, "ram_mib": 8.0}
 
 
 def test_what_differs_between_two_runs_is_counted(random_weights: Path, tmp_path: Path) -> None:

@@ -14,12 +14,14 @@ from typing import NamedTuple
 import numpy as np
 import onnx
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from inference.hybrid.config import IMAGE_SIZE, HybridConfig
 from inference.hybrid.model import Hybrid
 from inference.hybrid.torch_engine import run_stack
 from inference.onnx_session import Session
+from training.graph_sizes import write_out_sizes
 from training.unet import OPSET
 
 TARGETS = 3  # of the example that is traced; any number goes through the graph
@@ -51,21 +53,28 @@ def export_graph(state: Mapping[str, Tensor], config: HybridConfig) -> Graph:
     network = Hybrid(config)
     network.load_state_dict({name: value.float() for name, value in state.items()})
     module = Deployed(network.eval().requires_grad_(False))
-    graph = _without_weights(_trace(module), _weights(network))
+    model = _trace(module)
+    write_out_sizes(model, [_example(network.config, targets) for targets in (TARGETS - 1, TARGETS + 1)])
+    graph = _without_weights(model, _weights(network))
     check_parity(module, graph)
     return graph
 
 
+def _example(config: HybridConfig, targets: int) -> dict[str, NDArray[np.float32]]:
+    slices = np.random.default_rng(0).random((targets + 2 * config.radius, IMAGE_SIZE, IMAGE_SIZE), np.float32)
+    return {"slices": slices, "slice_threshold": np.array(0.5, np.float32)}
+
+
 @torch.no_grad()
 def _trace(module: Deployed) -> onnx.ModelProto:
-    slices = torch.rand(TARGETS + 2 * module.network.config.radius, IMAGE_SIZE, IMAGE_SIZE)
+    example = [torch.from_numpy(value) for value in _example(module.network.config, TARGETS).values()]
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         path = Path(folder) / "graph.onnx"
         # what is taken for constant are sides of maps, which are
         warnings.simplefilter("ignore", torch.jit.TracerWarning)
         torch.onnx.export(
             module,
-            (slices, torch.tensor(0.5)),
+            tuple(example),
             str(path),
             input_names=["slices", "slice_threshold"],
             output_names=["logits", "presence"],

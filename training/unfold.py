@@ -54,11 +54,18 @@ def _stored(path: Path) -> list[Weights]:
     """Weight and bias of each convolution, in the order in which they run."""
     graph = onnx.load(path).graph
     values = {tensor.name: tensor for tensor in graph.initializer}
-    found = []
+    found: list[Weights] = []
+    halves: list[Tensor] = []  # of a transposed convolution that is two in 2-D, as `PlanesConvTranspose3d`
     for node in graph.node:
         if node.op_type in CONVOLUTIONS:
             arrays = [torch.from_numpy(np.array(numpy_helper.to_array(values[name]))) for name in node.input[1:]]
-            found.append((arrays[0], arrays[1] if len(arrays) > 1 else None))
+            weight, bias = arrays[0], arrays[1] if len(arrays) > 1 else None
+            if weight.ndim == 4:
+                halves.append(weight)
+                if len(halves) < 2:
+                    continue
+                weight, halves = torch.stack(halves, 2), []
+            found.append((weight, bias))
     return found
 
 

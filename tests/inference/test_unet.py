@@ -16,7 +16,7 @@ from scipy.ndimage import gaussian_filter
 from inference.onnx_session import Session
 from inference.slices import window
 from inference.unet import UNet, UNetConfig, channels, gaussian, patch_layout, patch_within, resample
-from training.unet import Probability, build_unet, check_parity, export_onnx
+from training.unet import PlanesConvTranspose3d, Probability, build_unet, check_parity, export_onnx
 
 CONFIG = UNetConfig(4, patch=(16, 32, 32))
 
@@ -32,6 +32,15 @@ def onnx(network, tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("onnx") / "unet.onnx"
     assert export_onnx(network, CONFIG, path) < 1e-4
     return path
+
+
+@torch.inference_mode()
+def test_a_transposed_convolution_plane_by_plane_is_torchs() -> None:
+    plain = torch.nn.ConvTranspose3d(3, 5, 2, stride=2)
+    planes = PlanesConvTranspose3d(3, 5, 2, stride=2)
+    planes.load_state_dict(plain.state_dict())
+    x = torch.randn(2, 3, 4, 5, 6)
+    torch.testing.assert_close(planes(x), plain(x))
 
 
 def scan(shape=(40, 50, 60), seed=0) -> np.ndarray:

@@ -1,0 +1,61 @@
+"""Sizes written out: the same results for any number of rows, and nothing left of what computed them."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+from onnx import TensorProto, helper, numpy_helper
+
+from training.graph_sizes import write_out_sizes
+
+
+def constant(name: str, values: list[int]) -> onnx.NodeProto:
+    return helper.make_node("Constant", [], [name], value=numpy_helper.from_array(np.array(values, np.int64)))
+
+
+def traced() -> onnx.ModelProto:
+    """x (N, 6) → its rows but the last one as (N − 1, 2, 3), and where each row is greatest, as a trace writes them."""
+    nodes = [
+        helper.make_node("Shape", ["x"], ["sides"]),
+        constant("zero", [0]),
+        constant("one", [1]),
+        constant("two", [2]),
+        helper.make_node("Slice", ["sides", "zero", "one"], ["rows"]),
+        helper.make_node("Sub", ["rows", "one"], ["last"]),  # varies, and is no side of a map
+        helper.make_node("Slice", ["x", "zero", "last", "zero"], ["most"]),
+        helper.make_node("Shape", ["most"], ["sides of most"]),
+        helper.make_node("Slice", ["sides of most", "zero", "one"], ["count"]),
+        helper.make_node("Slice", ["sides", "one", "two"], ["columns"]),
+        helper.make_node("Div", ["columns", "two"], ["half"]),
+        helper.make_node("Concat", ["count", "two", "half"], ["wanted"], axis=0),
+        helper.make_node("Reshape", ["most", "wanted"], ["y"]),
+        helper.make_node("ArgMax", ["x"], ["greatest"], axis=1),  # a whole number, but no size
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "traced",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", 6])],
+        [
+            helper.make_tensor_value_info("y", TensorProto.FLOAT, None),
+            helper.make_tensor_value_info("greatest", TensorProto.INT64, None),
+        ],
+    )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
+
+
+def test_sizes_become_constants_and_results_stay() -> None:
+    model = traced()
+    rising = np.arange(6, dtype=np.float32)
+    write_out_sizes(model, [{"x": np.tile(rising, (rows, 1))} for rows in (4, 7)])
+    assert [node.op_type for node in model.graph.node if node.op_type != "Constant"] == [
+        "Shape", "Slice", "Sub", "Slice", "Reshape", "ArgMax",
+    ]  # fmt: skip
+    constants = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
+    (reshape,) = [node for node in model.graph.node if node.op_type == "Reshape"]
+    assert constants[reshape.input[1]].tolist() == [-1, 2, 3]
+    session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    x = np.random.default_rng(0).random((11, 6), np.float32)
+    y, greatest = session.run(None, {"x": x})
+    np.testing.assert_array_equal(y, x[:10].reshape(10, 2, 3))
+    np.testing.assert_array_equal(greatest[:, 0], x.argmax(axis=1))

@@ -1,0 +1,85 @@
+"""Sizes in a traced graph that are the same for any number of slices, as constants.
+
+A trace asks every map for its sides and computes with them; of the hybrid's graph that is two thirds, and most of the
+time that ONNX Runtime needs to load it. What is found to be the same for two numbers of slices is written out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+from numpy.typing import NDArray
+from onnx import helper, numpy_helper
+
+Feed = Mapping[str, NDArray[np.float32]]
+Found = dict[str, NDArray[np.generic]]
+VARYING = -1  # as `Reshape` has it
+
+
+def write_out_sizes(model: onnx.ModelProto, examples: Sequence[Feed]) -> None:
+    """Change `model` in place, which gives the same as before.
+
+    examples: inputs that differ in every size that may vary, and that no size of the network equals by chance.
+    """
+    sizes, reshaped = _sizes(model), [node for node in model.graph.node if node.op_type == "Reshape"]
+    asked = {_shape_name(node.output[0]): node.output[0] for node in reshaped if node.output[0] not in sizes}
+    first, *others = [_values(model, sizes, asked, feed) for feed in examples]
+    known = {name: first[name] for name in sizes if all(_equal(first[name], other[name]) for other in others)}
+    for node in reshaped:
+        name = _shape_name(node.output[0])
+        if name not in asked:
+            continue
+        varies = np.any([first[name] != other[name] for other in others], axis=0)
+        if varies.sum() <= 1:
+            known[name] = np.where(varies, VARYING, first[name]).astype(np.int64)
+            node.input[1] = name
+    _replace(model, known)
+
+
+def _sizes(model: onnx.ModelProto) -> list[str]:
+    """Whatever is computed from shapes and constants alone."""
+    known, sizes = set[str](), list[str]()
+    for node in model.graph.node:
+        if node.op_type in ("Shape", "Constant") or (node.input and known.issuperset(filter(None, node.input))):
+            known.update(node.output)
+            sizes += [] if node.op_type == "Constant" else node.output
+    return sizes
+
+
+def _values(model: onnx.ModelProto, sizes: Sequence[str], shapes_of: Mapping[str, str], feed: Feed) -> Found:
+    """Of one run: the values of `sizes`, and the shapes of values, under the names that `shapes_of` gives them."""
+    asking = onnx.ModelProto()
+    asking.CopyFrom(model)
+    names = [*sizes, *shapes_of]
+    asking.graph.node.extend(helper.make_node("Shape", [value], [name]) for name, value in shapes_of.items())
+    del asking.graph.output[:]
+    asking.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)
+    options = ort.SessionOptions()
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    session = ort.InferenceSession(asking.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    return dict(zip(names, session.run(names, dict(feed)), strict=True))
+
+
+def _shape_name(value: str) -> str:
+    return f"{value}.shape"
+
+
+def _equal(one: NDArray[np.generic], other: NDArray[np.generic]) -> bool:
+    return one.shape == other.shape and bool((one == other).all())
+
+
+def _replace(model: onnx.ModelProto, known: Mapping[str, NDArray[np.generic]]) -> None:
+    """Constants for what is known; nodes whose results nobody asks for go."""
+    asked, kept = {output.name for output in model.graph.output}, []
+    for node in reversed(model.graph.node):
+        if asked.intersection(node.output) and not known.keys() >= set(node.output):
+            asked.update(node.input)
+            kept.append(node)
+    del model.graph.node[:]
+    model.graph.node.extend(reversed(kept))
+    model.graph.initializer.extend(
+        numpy_helper.from_array(value, name) for name, value in known.items() if name in asked
+    )
