@@ -50,13 +50,16 @@ FROM base AS slim
 
 COPY requirements.lock ./
 # Of CUDA's libraries go those that nothing here loads: cuDNN's for recurrent networks and attention (its other parts do not refer to
-# it), what cuFFT needs for callbacks, second copies, headers.
+# it), what cuFFT needs for callbacks, second copies, headers. Of the rest go packages' own tests and what makes models.
 RUN chmod a+r requirements.lock \
     && PIP_CONSTRAINT=/dev/null pip install --no-cache-dir --disable-pip-version-check --root-user-action=ignore \
         --require-hashes -r requirements.lock \
     && cd "$(python -c 'import nvidia; print(*nvidia.__path__)')" \
     && rm -r */include cudnn/lib/libcudnn_adv.so.9 cuda_nvrtc/lib/*.alt.* cublas/lib/libnvblas.so.* cufft/lib/libcufftw.so.* \
-    && rm -r nvjitlink
+    && rm -r nvjitlink \
+    && cd .. \
+    && find numpy nibabel -type d -name tests -prune -exec rm -r {} + \
+    && rm -r onnxruntime/transformers onnxruntime/quantization onnxruntime/tools onnxruntime/datasets
 COPY --from=program /workspace /workspace
 
 

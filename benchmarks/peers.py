@@ -5,13 +5,14 @@
 Ours in its three sizes (`base` and `paper` with random weights: nobody trained them), the paper's way (`paper` in
 float32, window by window), nnU-Net v2's predictor with the plan of the FLARE 2024 winner's class and SAM ViT-B slice by
 slice, both with random weights. What would take hours on a CPU can be given fewer slices (`--slow-slices`), once so
-many and once twice as many; what each more takes is then told for all of them, and that it is so.
+many and once twice as many; its time is then continued to all of them, and told so.
 """
 
 from __future__ import annotations
 
 import itertools
 import json
+import shlex
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ from tqdm import tqdm
 from benchmarks.cold_start import write_scan
 from benchmarks.demo import REPOSITORY
 from benchmarks.nnunet import PEERS
+from benchmarks.scaling import COUNTING, peak_mib
 from eval.containers import local_command, run_case
 from eval.machine import describe, find_gpu
 from eval.sampler import system_readers
@@ -38,6 +40,7 @@ from training.unet import build_unet, export_onnx
 
 OURS = "small"
 SLOW = ("paper", "paper's way", "SAM ViT-B")  # on a CPU
+MOST_OF_ONE_THICKNESS = 250  # of the scans of `write_scan`; thinner slices are put together, so time bends there
 DEVICE = {"cpu": "cpu", "cuda": "cuda:0"}
 
 
@@ -75,6 +78,12 @@ def contestants(settings: Settings) -> dict[str, Contestant]:
         ),
         "SAM ViT-B": Contestant(f"{module}sam_slices {device}"),
     }
+    few = settings.slow_slices
+    if few and (2 * few >= settings.slices or settings.slices > MOST_OF_ONE_THICKNESS):
+        raise SystemExit(
+            f"--slow-slices {few}: has to be less than half of --slices, and these {MOST_OF_ONE_THICKNESS} at most: "
+            "give 0 for all"
+        )
     unknown = set(settings.contestants) - set(found)
     if unknown:
         raise SystemExit(f"--contestants {' '.join(sorted(unknown))}: unknown: use some of {', '.join(found)}")
@@ -100,14 +109,15 @@ def measure(contestant: Contestant, scan: Path, work: Path, settings: Settings) 
     """Wall time, peaks and areas of one cold start. RuntimeError with what it said where it left no mask."""
     gpu = find_gpu(0) if settings.device == "cuda" else None
     work.mkdir(parents=True)
-    run = run_case(local_command(contestant.command, None), scan, work, system_readers(gpu), settings.timeout_s)
+    counted = f"{shlex.join([sys.executable, '-S', '-c', COUNTING])} {contestant.command}"
+    run = run_case(local_command(counted, None), scan, work, system_readers(gpu), settings.timeout_s)
     if run.status != "done":
         raise RuntimeError(f"{contestant.command}: {run.status}: {run.output[-2000:]}")
     usage, ram_mib = usage_of(run.samples, run.idle_gpu_mib), [sample.ram_mib for sample in run.samples]
-    told = {
+    told: dict[str, float] = {
         "seconds": run.time_s,
-        "ram_mib": usage.max_ram_mib - ram_mib[0],  # the machine's, above what it was before
-        "ram_mib_s": area_above([sample.t_s for sample in run.samples], ram_mib, ram_mib[0]),
+        "peak_mib": peak_mib(run.output),
+        "ram_mib_s": area_above([sample.t_s for sample in run.samples], ram_mib, ram_mib[0]),  # the machine's
     }
     if usage.max_gpu_mib is not None and usage.auc_gpu_mib_s is not None:
         told |= {"gpu_mib": usage.max_gpu_mib, "gpu_mib_s": usage.auc_gpu_mib_s}
@@ -115,9 +125,9 @@ def measure(contestant: Contestant, scan: Path, work: Path, settings: Settings) 
 
 
 def continued(few: dict[str, Any], more: dict[str, Any], slices: int, all_slices: int) -> dict[str, Any]:
-    """Seconds of all slices, on the line through those of a few and of twice as many; peaks of the latter, no areas."""
-    told = {name: peak for name, peak in more.items() if not name.endswith("_mib_s")}
-    return told | {"seconds": round(few["seconds"] + (more["seconds"] - few["seconds"]) * (all_slices / slices - 1), 1)}
+    """Seconds of all slices, on the line through those of a few and of twice as many; the latter's peak, named so."""
+    seconds = few["seconds"] + (more["seconds"] - few["seconds"]) * (all_slices / slices - 1)
+    return {"seconds": round(seconds, 1), "peak_mib_of_few": more["peak_mib"]}
 
 
 def ratios(found: dict[str, dict[str, Any]]) -> dict[str, dict[str, float]]:

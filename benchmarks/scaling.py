@@ -32,12 +32,12 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 COLOUR = "#2a78b5"
-# A process's peak counts from before it became the program that it is, when it was a copy of the one that started it:
-# of this one with its phantoms. So a small one starts it.
+# Runs a program and prints its peak memory in KiB. Such a peak counts from before a process became its program, when it
+# was a copy of the one that started it: of this one with its phantoms. So a small one starts it.
 COUNTING = """import resource, subprocess, sys
-code = subprocess.call(sys.argv[1:], stderr=subprocess.DEVNULL)
+code = subprocess.call(sys.argv[1:])
 print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
-sys.exit(code)"""
+sys.exit(code if code >= 0 else 128 - code)"""  # as a shell tells a signal
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,11 @@ class Settings:
     out: Path = Path("benchmarks/results/scaling.json")  # and a picture beside it
 
 
+def peak_mib(printed: str) -> int:
+    """Of what a program printed under `COUNTING`."""
+    return int(printed.split()[-1]) // 2**10
+
+
 def measure(scans: Path, out: Path, weights: str) -> dict[str, float]:
     """Wall time and peak memory of one process. RuntimeError where it fails."""
     start = time.monotonic()
@@ -55,8 +60,8 @@ def measure(scans: Path, out: Path, weights: str) -> dict[str, float]:
     done = subprocess.run(counted, capture_output=True, text=True, check=False)
     seconds = time.monotonic() - start
     if done.returncode:
-        raise RuntimeError(f"{scans}: the program ended with {done.returncode}")
-    return {"seconds": round(seconds, 1), "peak_mib": int(done.stdout) // 2**10}
+        raise RuntimeError(f"{scans}: the program ended with {done.returncode}: {done.stderr[-2000:]}")
+    return {"seconds": round(seconds, 1), "peak_mib": peak_mib(done.stdout)}
 
 
 def by_slices(settings: Settings, folder: Path) -> dict[int, dict[str, float]]:
@@ -83,9 +88,9 @@ def draw(told: dict[str, Any], path: Path) -> None:
     for column, (kind, label) in enumerate((("slices", "slices"), ("cases", "cases a process"))):
         counts = list(told[kind])
         for row, (value, unit) in enumerate((("seconds", "s"), ("peak_mib", "peak memory, MiB"))):
-            panel = panels[row][column]
-            panel.plot(counts, [told[kind][count][value] for count in counts], "o-", color=COLOUR)
-            panel.set(ylabel=unit, ylim=(0, None), xlim=(0, None))
+            panel, values = panels[row][column], [told[kind][count][value] for count in counts]
+            panel.plot(counts, values, "o-", color=COLOUR)
+            panel.set(ylabel=unit, ylim=(0, 1.1 * max(values)), xlim=(0, None))
             panel.spines[["top", "right"]].set_visible(False)
         panels[1][column].set_xlabel(label)
     figure.savefig(path, dpi=110)

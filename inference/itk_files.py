@@ -23,7 +23,9 @@ from .files import LPS_TO_RAS, MAX_VOXELS, Image, open_regular, three_axes
 from .limits import room_mib
 
 HEADER_BYTES = 2**20  # at most
-HU_BYTES = 2  # a voxel, beside what ITK holds while it is converted
+HU_BYTES = (
+    2  # a voxel, beside what ITK holds while it is converted; while it reads, it holds packed voxels beside unpacked
+)
 DIMENSIONS = (b"2", b"3", b"4", b"5")  # ITK writes beyond its own memory where a header claims many more
 CONTROL = re.compile(rb"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]|\r(?!\n)")
 
@@ -58,7 +60,8 @@ def _read(path: Path, file: IO[bytes], max_voxels: int) -> Any:
             raise ValueError(f"{path}: colour or complex voxels are no HU: export the scan as one grey channel")
         shape = three_axes(path, reader.GetSize(), max_voxels)
         stored_bytes = SimpleITK.Image([1, 1], reader.GetPixelID()).GetSizeOfPixelComponent()
-        room_mib(path, shape, stored_bytes + HU_BYTES)
+        copies = 2 if len(reader.GetSize()) == 3 else 3  # ITK unpacks beside what was packed, and cuts out of a copy
+        room_mib(path, shape, max(copies * stored_bytes, stored_bytes + HU_BYTES))
         if len(reader.GetSize()) > 3:
             reader.SetExtractSize([*shape, *[0] * (len(reader.GetSize()) - 3)])
         with _silent_libraries():

@@ -14,8 +14,8 @@ from pathlib import Path
 
 BASE_MIB = 350  # interpreter, libraries, both networks of the weights `small`, without torch
 LEAST_MIB = 200  # for the networks' intermediate results: one slice, the smallest patch
-NETWORK_BYTES = 3  # a voxel while networks run: HU take two, thin slices put together one at most
-FUSION_BYTES = 6  # a voxel afterwards, when HU are gone: two masks of one, components of up to four
+NETWORK_BYTES = 3  # a voxel while networks run: HU take two, thin slices put together about one at most
+FUSION_BYTES = 6  # a voxel afterwards, when HU are gone: the mask, a copy of what is found, components of up to four
 
 THREADS_SHARE = 4
 CGROUPS = Path("/sys/fs/cgroup")
@@ -39,10 +39,11 @@ def memory_mib() -> int:
     return min([machine, *limits]) // 2**20
 
 
-def room_mib(path: Path, shape: tuple[int, ...], read_bytes: int = FUSION_BYTES, beside_mib: int = 0) -> int:
+def room_mib(path: Path, shape: tuple[int, ...], read_bytes: int = 0, beside_mib: int = 0) -> int:
     """Memory left beside a scan for the networks' intermediate results. ValueError where that is too little.
 
-    read_bytes: a voxel, while the scan is read; beside_mib: for the networks' probabilities.
+    read_bytes: a voxel, while the scan is read, where that is more than later; beside_mib: for the networks'
+    probabilities.
     """
     there, voxels = memory_mib(), math.prod(shape)
     base = BASE_MIB + beside_mib

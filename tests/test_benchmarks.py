@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from benchmarks import nnunet, peers, phantom_accuracy, real_accuracy, reproducibility, scaling, soak
+from benchmarks import nnunet, peers, phantom_accuracy, real_accuracy, reproducibility, scaling, soak, stacked
 from benchmarks.kills import write_scans
 from benchmarks.networks import FUSED, Recorder
 from benchmarks.real_accuracy import blind, ellipsoid, figures, summary
+from inference.hybrid.config import HybridConfig
 from inference.pipeline import Pipeline
 from inference.volume import read_volume, write_mask
 from training.phantom import make_phantom
@@ -125,11 +126,11 @@ def test_a_short_soak(random_weights: Path, tmp_path: Path) -> None:
 
 
 def test_ratios_and_more_slices_by_hand() -> None:
-    found = {"small": {"seconds": 10.0, "ram_mib": 500.0}, "nnU-Net": {"seconds": 35.0, "ram_mib": 2000.0}}
-    assert peers.ratios(found) == {"small": {"seconds": 1, "ram_mib": 1}, "nnU-Net": {"seconds": 3.5, "ram_mib": 4}}
-    few, more = {"seconds": 30.0, "ram_mib": 7.0}, {"seconds": 50.0, "ram_mib": 8.0, "ram_mib_s": 400.0}
+    found = {"small": {"seconds": 10.0, "peak_mib": 500.0}, "nnU-Net": {"seconds": 35.0, "peak_mib": 2000.0}}
+    assert peers.ratios(found) == {"small": {"seconds": 1, "peak_mib": 1}, "nnU-Net": {"seconds": 3.5, "peak_mib": 4}}
+    few, more = {"seconds": 30.0, "peak_mib": 7}, {"seconds": 50.0, "peak_mib": 8, "ram_mib_s": 400.0}
     told = peers.continued(few, more, slices=4, all_slices=100)  # 5 s a slice, and 10 for the start
-    assert told == {"seconds": 510.0, "ram_mib": 8.0}
+    assert told == {"seconds": 510.0, "peak_mib_of_few": 8}
 
 
 def test_what_differs_between_two_runs_is_counted(random_weights: Path, tmp_path: Path) -> None:
@@ -153,3 +154,14 @@ def test_a_process_is_measured_by_itself(random_weights: Path, tmp_path: Path) -
     assert 50 < told["peak_mib"] < ballast.nbytes / 2**20
     with pytest.raises(RuntimeError, match="the program ended with 2"):
         scaling.measure(tmp_path / "gone", tmp_path / "out", str(random_weights))
+
+
+def test_a_stack_computes_less_than_its_windows(tmp_path: Path) -> None:
+    """Three slices: a stack of seven, or three windows of five."""
+    config = HybridConfig(32, 4, 2, 0, cnn_width=4, prompt_dim=16)
+    settings = stacked.Settings(targets=3, rounds=1, out=tmp_path / "x.json")
+    told = stacked.measure(config, settings)
+    assert told["stack"]["gmac"] < told["windows"]["gmac"] < told["five passes"]["gmac"]
+    found = stacked.ways(config, settings)
+    assert [part.shape[:2] for part in found["windows"].parts] == [(1, 5)] * 3
+    assert found["stack"].run().shape == (3, 256, 256)

@@ -54,7 +54,7 @@ def export_graph(state: Mapping[str, Tensor], config: HybridConfig) -> Graph:
     network.load_state_dict({name: value.float() for name, value in state.items()})
     module = Deployed(network.eval().requires_grad_(False))
     model = _trace(module)
-    write_out_sizes(model, [_example(network.config, targets) for targets in (TARGETS - 1, TARGETS + 1)])
+    write_out_sizes(model, [_example(network.config, targets) for targets in (TARGETS - 2, TARGETS + 1)])
     graph = _without_weights(model, _weights(network))
     check_parity(module, graph)
     return graph
@@ -121,7 +121,7 @@ def check_parity(module: Deployed, graph: Graph) -> float:
     """The largest difference of the graph, at another number of slices. RuntimeError where it exceeds 1e-3."""
     weights = {name: value.numpy() for name, value in _weights(module.network).items() if name not in graph.unused}
     session = Session("hybrid", graph.content, weights=weights)
-    slices, worst = torch.rand(2 * TARGETS + 2 * module.network.config.radius, IMAGE_SIZE, IMAGE_SIZE), 0.0
+    slices, worst = torch.rand(2 * TARGETS + 1 + 2 * module.network.config.radius, IMAGE_SIZE, IMAGE_SIZE), 0.0
     for threshold in (0.0, 1.1):  # all slices with positive prompts, and none
         expected = module(slices, torch.tensor(threshold))
         found = session.run({"slices": slices.numpy(), "slice_threshold": np.array(threshold, np.float32)})

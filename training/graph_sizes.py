@@ -20,10 +20,12 @@ VARYING = -1  # as `Reshape` has it
 
 
 def write_out_sizes(model: onnx.ModelProto, examples: Sequence[Feed]) -> None:
-    """Change `model` in place, which gives the same as before.
+    """Change `model` in place, which gives the same as before. ValueError where it holds branches or loops.
 
-    examples: inputs that differ in every size that may vary, and that no size of the network equals by chance.
+    examples: inputs for which all that depends on their size differs: not all of even or of odd sizes, say.
     """
+    if any(attribute.HasField("g") or attribute.graphs for node in model.graph.node for attribute in node.attribute):
+        raise ValueError("a graph with branches or loops: what they ask for is not looked into")
     sizes, reshaped = _sizes(model), [node for node in model.graph.node if node.op_type == "Reshape"]
     asked = {_shape_name(node.output[0]): node.output[0] for node in reshaped if node.output[0] not in sizes}
     first, *others = [_values(model, sizes, asked, feed) for feed in examples]
@@ -80,6 +82,6 @@ def _replace(model: onnx.ModelProto, known: Mapping[str, NDArray[np.generic]]) -
             kept.append(node)
     del model.graph.node[:]
     model.graph.node.extend(reversed(kept))
-    model.graph.initializer.extend(
-        numpy_helper.from_array(value, name) for name, value in known.items() if name in asked
-    )
+    made = {name for node in kept for name in node.output}
+    constants = [name for name in known if name in asked and name not in made]
+    model.graph.initializer.extend(numpy_helper.from_array(known[name], name) for name in constants)

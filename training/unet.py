@@ -57,7 +57,7 @@ class Probability(nn.Module):
 class PlanesConvTranspose3d(nn.ConvTranspose3d):
     """`nn.ConvTranspose3d` by 2 as two in 2-D, one for each plane that a plane becomes.
 
-    On a CPU ONNX Runtime is eight times as fast at these.
+    On a CPU ONNX Runtime is several times as fast at these.
     """
 
     def forward(self, x: Tensor, output_size: list[int] | None = None) -> Tensor:

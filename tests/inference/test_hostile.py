@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchmarks import fuzz
+from inference import limits
 from inference.volume import read_volume
 
 HU = np.random.default_rng(0).integers(-1000, 1000, (6, 5, 4)).astype(np.int16)
@@ -240,6 +241,17 @@ def test_what_is_wrong_is_told_while_a_library_is_silenced(tmp_path) -> None:
     done = predict(str(tmp_path / "a.mha"), str(tmp_path / "out"), "--weights", "none")
     assert done.returncode == 2
     assert done.stderr.startswith("none: no weights there")
+
+
+@pytest.mark.parametrize(("more_axes", "needed"), [((), 16), ((1,), 24)])
+def test_memory_of_itk_is_asked_for_before_it_reads(tmp_path, monkeypatch, more_axes, needed: int) -> None:
+    """2²⁰ voxels of 8 bytes: unpacked beside packed ones; of four axes a copy more."""
+    image = SimpleITK.GetImageFromArray(np.zeros((*more_axes, 64, 128, 128)), isVector=False)
+    SimpleITK.WriteImage(image, tmp_path / "x_0000.mha", useCompression=True)
+    monkeypatch.setattr(limits, "LEAST_MIB", 0)
+    monkeypatch.setattr(limits, "memory_mib", lambda: limits.BASE_MIB + needed - 1)
+    with pytest.raises(ValueError, match=f"need {limits.BASE_MIB + needed} MiB of memory"):
+        read_volume(tmp_path / "x_0000.mha")
 
 
 def test_dimensions_that_crash_itk_are_refused(tmp_path) -> None:

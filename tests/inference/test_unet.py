@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from monai.inferers import sliding_window_inference
+from onnx import load as load_model
 from scipy.ndimage import gaussian_filter
 
 from inference.onnx_session import Session
@@ -41,6 +42,12 @@ def test_a_transposed_convolution_plane_by_plane_is_torchs() -> None:
     planes.load_state_dict(plain.state_dict())
     x = torch.randn(2, 3, 4, 5, 6)
     torch.testing.assert_close(planes(x), plain(x))
+
+
+def test_no_transposed_convolution_of_a_file_is_in_3d(onnx) -> None:
+    graph = load_model(onnx).graph
+    ranks = {tensor.name: len(tensor.dims) for tensor in graph.initializer}
+    assert [ranks[node.input[1]] for node in graph.node if node.op_type == "ConvTranspose"] == [4] * 6
 
 
 def scan(shape=(40, 50, 60), seed=0) -> np.ndarray:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import onnx
 import onnxruntime as ort
+import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from training.graph_sizes import write_out_sizes
@@ -59,3 +60,30 @@ def test_sizes_become_constants_and_results_stay() -> None:
     y, greatest = session.run(None, {"x": x})
     np.testing.assert_array_equal(y, x[:10].reshape(10, 2, 3))
     np.testing.assert_array_equal(greatest[:, 0], x.argmax(axis=1))
+
+
+def test_what_a_kept_node_gives_is_not_written_twice() -> None:
+    """Of (N, 6) both sides by one node, of which only the second is the same for all N."""
+    nodes = [
+        helper.make_node("Shape", ["x"], ["sides"]),
+        helper.make_node("Split", ["sides"], ["rows", "columns"]),
+        helper.make_node("Concat", ["columns", "rows"], ["y"], axis=0),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "both",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", 6])],
+        [helper.make_tensor_value_info("y", TensorProto.INT64, None)],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
+    write_out_sizes(model, [{"x": np.zeros((rows, 6), np.float32)} for rows in (1, 4)])
+    session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    assert session.run(None, {"x": np.zeros((7, 6), np.float32)})[0].tolist() == [6, 7]
+
+
+def test_branches_are_refused() -> None:
+    inner = helper.make_graph([], "inner", [], [])
+    node = helper.make_node("If", ["x"], ["y"], then_branch=inner, else_branch=inner)
+    model = helper.make_model(helper.make_graph([node], "outer", [], []))
+    with pytest.raises(ValueError, match="branches"):
+        write_out_sizes(model, [])

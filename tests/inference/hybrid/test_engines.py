@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 import torch
 
@@ -51,7 +52,7 @@ def test_engines_agree(random_weights: Path, tmp_path: Path, config: HybridConfi
     manifest = read_manifest(tmp_path)
     engines = OnnxHybrid(manifest), TorchHybrid.load(manifest)
     rng = np.random.default_rng(0)
-    for targets in (1, 4):
+    for targets in (2, 5):
         images = rng.random((targets + 2 * config.radius, 256, 256), np.float32)
         for threshold in (0.0, 0.5, 1.1):
             said = []
@@ -62,6 +63,12 @@ def test_engines_agree(random_weights: Path, tmp_path: Path, config: HybridConfi
             assert ours.shape == (targets, 256, 256)
             np.testing.assert_allclose(ours, expected, atol=1e-3 * max(1, np.abs(expected).max()))
             np.testing.assert_allclose(presence, present, atol=1e-4)
+
+
+def test_sides_of_maps_are_not_asked_for_in_use(random_weights: Path) -> None:
+    """Without `write_out_sizes` a graph asks some 400 times."""
+    graph = onnx.load(random_weights / "hybrid.onnx", load_external_data=False).graph
+    assert sum(node.op_type == "Shape" for node in graph.node) < 40
 
 
 def test_the_threshold_withholds_prompts(random_weights: Path) -> None:
