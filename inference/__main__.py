@@ -8,6 +8,7 @@ Exit code 0: all done; 1: some case failed (the others are done); 2: wrong usage
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import logging
 import os
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
     from .pipeline import Pipeline, Report
 
 DONE, FAILED, USAGE = 0, 1, 2
-DECISIVE = ("torch", "onnxruntime-gpu", "numpy", "nibabel", "SimpleITK", "connected-components-3d")  # for the masks
+DECISIVE = ("torch", "onnxruntime-gpu", "numpy", "nibabel", "connected-components-3d")  # for the masks
 
 
 class UsageError(Exception):
@@ -306,9 +307,8 @@ def stop_at_sigterm() -> None:
 
 
 def log_to_stderr() -> None:
-    """By a copy of the descriptor: libraries' own printing is silenced at the original one, see `itk_files`."""
-    # errors: a terminal that knows no × must not cost a case
-    sys.stderr = os.fdopen(os.dup(2), "w", buffering=1, encoding=sys.stderr.encoding, errors="replace")
+    if isinstance(sys.stderr, io.TextIOWrapper):
+        sys.stderr.reconfigure(errors="replace")  # a terminal that knows no × must not cost a case
     handler = logging.StreamHandler()
     handler.setFormatter(Lines())
     logging.basicConfig(handlers=[handler], level=logging.WARNING)

@@ -1,7 +1,7 @@
-"""The voxels and the header of a NIfTI file, whatever it claims: no more than it says is read.
+"""What is common to all files of scans, and the voxels and the header of a NIfTI file, whatever it claims.
 
-Axes are the file's own (i, j, k). It is read by its bare header (extensions may hold private text, and sizes that lie),
-as many bytes as it says and no more, block by block.
+Axes are the file's own (i, j, k). A file is read by its bare header (NIfTI's extensions may hold private text, and
+sizes that lie), as many bytes as it says and no more, block by block.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import itertools
 import os
 import stat
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,7 +37,7 @@ class Image:
     """An opened image: the NIfTI header of its grid, its shape (i, j, k), and its voxels in blocks, once.
 
     Each block comes with its place, `array[place]`, and is a part of a plane k: read one after the other, no more than
-    one of a NIfTI file has to be held in the file's own type.
+    one has to be held in the file's own type.
     """
 
     header: nib.Nifti1Header
@@ -52,27 +52,34 @@ def open_nifti(path: Path, max_voxels: int = MAX_VOXELS) -> Iterator[Image]:
         with _opened(path) as file:
             header, shape, start = _nifti_header(path, file.read(HEADER_BYTES), max_voxels)
             file.read(start - HEADER_BYTES)
-            yield Image(header, shape, _nifti_blocks(path, file, header, shape))
+            slope, offset = header.get_slope_inter()
+            scale = 1.0 if slope is None else float(slope), float(offset or 0.0)
+            yield Image(header, shape, read_blocks(path, file.read, header.get_data_dtype(), shape, *scale))
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise ValueError(f"{path}: its gzip data is damaged or cut short: copy it again") from error
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error.strerror}): check the file and its rights") from error
 
 
-def _nifti_blocks(
-    path: Path, file: IO[bytes], header: nib.Nifti1Header, shape: tuple[int, int, int]
+def read_blocks(
+    path: Path,
+    read: Callable[[int], bytes],
+    data_type: np.dtype[Any],
+    shape: tuple[int, int, int],
+    slope: float = 1.0,
+    offset: float = 0.0,
 ) -> Iterator[tuple[Place, NDArray[Any]]]:
-    data_type, (slope, offset) = header.get_data_dtype(), header.get_slope_inter()
+    """The blocks of an `Image`, from what `read` gives: the voxels one after the other, i first."""
     rows = max(1, BLOCK_BYTES // (shape[0] * data_type.itemsize))
     for k, first in itertools.product(range(shape[2]), range(0, shape[1], rows)):
         count = min(rows, shape[1] - first)
-        content = file.read(shape[0] * count * data_type.itemsize)
+        content = read(shape[0] * count * data_type.itemsize)
         if len(content) < shape[0] * count * data_type.itemsize:
             raise ValueError(f"{path}: ends before its last voxel: copy it again")
         stored = np.frombuffer(content, data_type).reshape((shape[0], count), order="F")
         place = slice(None), slice(first, first + count), k
-        yield place, _scaled(stored, 1.0 if slope is None else float(slope), float(offset or 0.0))
-    file.read(1)  # at its end gzip compares checksums; what follows the voxels is left alone, however long
+        yield place, _scaled(stored, slope, offset)
+    read(1)  # at its end gzip compares checksums; what follows the voxels is left alone, however long
 
 
 def _scaled(stored: NDArray[Any], slope: float, offset: float) -> NDArray[Any]:
@@ -138,10 +145,14 @@ def _checked_shape(path: Path, header: nib.Nifti1Header, max_voxels: int) -> tup
     return three_axes(path, tuple(int(n) for n in header.get_data_shape()), max_voxels)
 
 
+def too_flat(path: Path, dimensions: int) -> ValueError:
+    return ValueError(f"{path}: has {dimensions} dimensions: give a volume, of one slice at least, with three")
+
+
 def three_axes(path: Path, shape: tuple[int, ...], max_voxels: int) -> tuple[int, int, int]:
     """A 3-D shape, axes of one voxel beyond the third dropped."""
     if len(shape) < 3:
-        raise ValueError(f"{path}: has {len(shape)} dimensions: give a volume, of one slice at least, with three")
+        raise too_flat(path, len(shape))
     if any(n != 1 for n in shape[3:]):
         raise ValueError(f"{path}: holds more than one volume {shape}: split it, one file a volume")
     if min(shape) < 1:

@@ -39,16 +39,15 @@ def memory_mib() -> int:
     return min([machine, *limits]) // 2**20
 
 
-def room_mib(path: Path, shape: tuple[int, ...], read_bytes: int = 0, beside_mib: int = 0) -> int:
+def room_mib(path: Path, shape: tuple[int, ...], beside_mib: int = 0) -> int:
     """Memory left beside a scan for the networks' intermediate results. ValueError where that is too little.
 
-    read_bytes: a voxel, while the scan is read, where that is more than later; beside_mib: for the networks'
-    probabilities.
+    beside_mib: for the networks' probabilities.
     """
     there, voxels = memory_mib(), math.prod(shape)
     base = BASE_MIB + beside_mib
     beside_networks = base + _mib(NETWORK_BYTES * voxels)
-    needed = max(base + _mib(max(FUSION_BYTES, read_bytes) * voxels), beside_networks + LEAST_MIB)
+    needed = max(base + _mib(FUSION_BYTES * voxels), beside_networks + LEAST_MIB)
     if there < needed:
         size = "×".join(map(str, reversed(shape)))
         raise ValueError(

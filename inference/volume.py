@@ -1,9 +1,9 @@
 """A CT scan and its geometry: read, orient, crop to the body, write a mask back onto the very same grid.
 
 Arrays are (z, y, x) in canonical orientation: z feet to head, y anterior to posterior, x right to left (LPS, the
-identity direction of ITK). Orienting permutes and flips axes and never resamples. NIfTI is read and every mask is
-written by nibabel, whose header goes back bit for bit, so that directions which are not quite orthonormal (ITK refuses
-them) are kept as they were; MHA and NRRD are read by SimpleITK.
+identity direction of ITK). Orienting permutes and flips axes and never resamples. A NIfTI file's header goes back bit
+for bit, so that directions which are not quite orthonormal (ITK refuses them) are kept as they were; for MHA and NRRD
+one is made.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from numpy.typing import NDArray
 
 from .atomic import write_whole
 from .files import HEADER_BYTES, LPS_TO_RAS, MAX_VOXELS, Image, open_nifti
-from .itk_files import open_itk
 from .limits import room_mib
+from .text_headers import open_mha_or_nrrd
 
 AIR_HU = -1024  # padding below this is clipped
 BODY_HU = -500  # between air and fat
@@ -147,7 +147,7 @@ def _opener(path: Path) -> Callable[[Path, int], AbstractContextManager[Image]]:
     if path.name.lower().endswith(NIFTI_SUFFIXES):
         return open_nifti
     if is_scan(path):
-        return open_itk
+        return open_mha_or_nrrd
     raise ValueError(f"{path}: not a scan by its name: use one of {', '.join(SCAN_SUFFIXES)}")
 
 
