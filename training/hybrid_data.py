@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from inference.slices import LUNG_WINDOW_HU, TISSUE_WINDOW_HU, Plane, Resize, SliceGrid
-from training.augmentation import RandomEnhancement, RandomInPlane, RandomIntensity
+from training.augmentation import RandomEnhancement, RandomInPlane, RandomIntensity, RandomNoise
 from training.cache import Arrays, prepare
 from training.data import Case, Entry
 from training.sources import Sources
@@ -108,7 +108,8 @@ class StackSampler:
         if not any(self.with_lesion):
             raise ValueError("no case has a lesion: nothing can be learnt")
         self.targets, self.radius, self.seed = targets, radius, seed
-        self.intensity, self.in_plane, self.enhancement = RandomIntensity(), RandomInPlane(), RandomEnhancement()
+        self.intensity, self.in_plane = RandomIntensity(), RandomInPlane()
+        self.enhancement, self.noise = RandomEnhancement(), RandomNoise()
 
     def batch(self, step: int, members: range, crop: int = 0) -> Stacks:
         """Members of the batch of a step: the same ones whenever, and by whichever process, they are asked for.
@@ -134,18 +135,19 @@ class StackSampler:
         organs = move(torch.from_numpy(case.organs[around]).float(), "nearest").byte()
         kind = LUNG if case.lesion_type == LUNG and rng.random() < 0.5 else "tissue"
         image = move(torch.from_numpy(getattr(case, kind)[around]).float() / 255)
-        image = self.intensity.draw(rng)(self._enhance(rng, image, organs, WINDOWS[kind]))
+        image = self.intensity.draw(rng)(self._scanned(rng, image, organs, WINDOWS[kind]))
         present = label.flatten(1).any(dim=1)
         shown = present | torch.from_numpy(rng.random(self.targets) < SHOWN_ANYWAY)
         known = torch.from_numpy(case.known[targets])
         return Stacks(image, label, organs[own], known, shown, self.sources.one_hot(source))
 
-    def _enhance(
+    def _scanned(
         self, rng: np.random.Generator, image: Tensor, organs: Tensor, window_hu: tuple[float, float]
     ) -> Tensor:
-        """Organs enhanced more or less; what the window cut off stays cut off."""
+        """Organs enhanced more or less, and noise; what the window cut off stays cut off."""
         low, high = window_hu
-        changed = (self.enhancement.draw(rng)(image * (high - low) + low, organs) - low) / (high - low)
+        hu = self.enhancement.draw(rng)(image * (high - low) + low, organs)
+        changed = (self.noise.draw(rng)(hu) - low) / (high - low)
         return torch.where((image > 0) & (image < 1), changed.clamp(0, 1), image)
 
     def _crop(self, rng: np.random.Generator, stack: Stacks, side: int) -> Stacks:

@@ -16,7 +16,7 @@ from torch import Tensor
 from inference.resampling import nearest
 from inference.unet import AIR_HU, UNetConfig, channels, resample
 from training.anatomy import Organ
-from training.augmentation import RandomEnhancement, RandomInPlane
+from training.augmentation import RandomEnhancement, RandomInPlane, RandomNoise
 from training.cache import Arrays, prepare
 from training.data import Case, Entry
 from training.sources import Sources
@@ -97,7 +97,7 @@ class PatchSampler:
         self.config, self.seed = config, seed
         # left-right alone: the other flips cost a short training more than they give
         self.in_plane = RandomInPlane(ROTATION, SCALE, shift=0, upside_down=0)
-        self.enhancement = RandomEnhancement()
+        self.enhancement, self.noise = RandomEnhancement(), RandomNoise()
 
     def batch(self, step: int, members: range, patch: Patch) -> Patches:
         """Members of the batch of a step: the same ones whenever, and by whichever process, they are asked for.
@@ -120,7 +120,7 @@ class PatchSampler:
         label = (moved(case.label, 0, "bilinear")[None] >= 0.5).float()
         organs = moved(case.organs, Organ.AIR, "nearest").byte()
         hu = self.enhancement.draw(rng)(moved(case.hu, AIR_HU, "bilinear"), organs)
-        image = channels(_intensity(rng, hu.numpy()), self.config)
+        image = channels(_intensity(rng, self.noise.draw(rng)(hu).numpy()), self.config)
         return Patches(torch.from_numpy(image), label, organs, self.sources.one_hot(source))
 
     def _place(self, rng: np.random.Generator, source: int) -> tuple[GridCase, NDArray[np.int64]]:
@@ -136,11 +136,9 @@ class PatchSampler:
 
 
 def _intensity(rng: np.random.Generator, hu: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Another contrast about 50 HU, an offset, noise."""
+    """Another contrast about 50 HU, and an offset."""
     changed = (hu - 50) * np.exp(rng.uniform(-0.2, 0.2)) + 50 + rng.uniform(-20, 20)
-    if rng.random() < 0.3:
-        changed += rng.normal(0, rng.uniform(0, 15), hu.shape)
-    return changed.astype(np.float32)
+    return np.asarray(changed, np.float32)
 
 
 def cut(array: NDArray, centre: NDArray, patch: Patch, outside: int, margin: int = 0) -> NDArray:
