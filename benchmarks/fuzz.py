@@ -12,6 +12,7 @@ import resource
 import sys
 import tempfile
 import time
+import warnings
 from collections import Counter
 from pathlib import Path
 
@@ -80,7 +81,9 @@ def look(path: Path) -> str:
         HANGING_S, exit=True, file=sys.__stderr__
     )  # a library that hangs cannot be interrupted otherwise
     try:
-        if read_volume(path, MAX_VOXELS).hu.size > MAX_VOXELS:
+        with warnings.catch_warnings(action="error"):  # what a library prints is no sentence
+            voxels = read_volume(path, MAX_VOXELS).hu.size
+        if voxels > MAX_VOXELS:
             raise RuntimeError(f"{path}: more voxels than allowed")
     except ValueError as error:
         said = "refused"

@@ -48,15 +48,21 @@ class Image:
 @contextmanager
 def open_nifti(path: Path, max_voxels: int = MAX_VOXELS) -> Iterator[Image]:
     """A NIfTI-1 file, gzip-ed or not, whatever its name says. ValueError with the mend, then or as planes are read."""
+    with damage_told(path), _opened(path) as file:
+        header, shape, start = _nifti_header(path, file.read(HEADER_BYTES), max_voxels)
+        file.read(start - HEADER_BYTES)
+        slope, offset = header.get_slope_inter()
+        scale = 1.0 if slope is None else float(slope), float(offset or 0.0)
+        yield Image(header, shape, read_blocks(path, file.read, header.get_data_dtype(), shape, *scale))
+
+
+@contextmanager
+def damage_told(path: Path) -> Iterator[None]:
+    """What goes wrong with a file's bytes as one sentence: ValueError."""
     try:
-        with _opened(path) as file:
-            header, shape, start = _nifti_header(path, file.read(HEADER_BYTES), max_voxels)
-            file.read(start - HEADER_BYTES)
-            slope, offset = header.get_slope_inter()
-            scale = 1.0 if slope is None else float(slope), float(offset or 0.0)
-            yield Image(header, shape, read_blocks(path, file.read, header.get_data_dtype(), shape, *scale))
+        yield
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise ValueError(f"{path}: its gzip data is damaged or cut short: copy it again") from error
+        raise ValueError(f"{path}: its packed data is damaged or cut short: copy it again") from error
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error.strerror}): check the file and its rights") from error
 
@@ -104,11 +110,8 @@ def _opened(path: Path) -> Iterator[IO[bytes]]:
 
 @contextmanager
 def open_regular(path: Path) -> Iterator[IO[bytes]]:
-    """ValueError where there is no file, or one that gives bytes without end or none at all (a device, a pipe)."""
-    try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # or a pipe would be waited for
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be read ({error.strerror}): check the file and its rights") from error
+    """ValueError where it is one that gives bytes without end or none at all (a device, a pipe)."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # or a pipe would be waited for
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
         raise ValueError(f"{path}: is no regular file: put the scan itself there")

@@ -8,6 +8,7 @@ is said. Sources: MetaIO's tags, and Teem's definition of NRRD.
 
 from __future__ import annotations
 
+import io
 import re
 import zlib
 from collections.abc import Iterator
@@ -21,20 +22,44 @@ import numpy as np
 from nibabel.spatialimages import HeaderDataError
 from numpy.typing import NDArray
 
-from .files import BLOCK_BYTES, LPS_TO_RAS, MAX_VOXELS, Image, open_regular, read_blocks, three_axes, too_flat
+from .files import LPS_TO_RAS, MAX_VOXELS, Image, damage_told, open_regular, read_blocks, three_axes, too_flat
 
-HEADER_BYTES = 2**20  # at most
-DIMENSIONS = (2, 3, 4, 5)
+LONGEST_HEADER = 2**22  # bytes
+PACKED_BYTES = 2**16  # that are read at once
 ANY_WRAPPING = zlib.MAX_WBITS | 32  # zlib's own or gzip's
-CONTROL = re.compile(rb"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]|\r(?!\n)")
+GZIP_MAGIC = b"\x1f\x8b"
+DIMENSIONS = (2, 3, 4, 5)
+LARGEST_NUMBER = 1e9  # of mm; what is beyond is a wrong one, and overflows
+LARGEST_SIDE = 2**15 - 1  # of NIfTI-1
 INTEGER = re.compile(r"\d{1,18}")
 NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)(e[+-]?\d+)?|nan", re.IGNORECASE)
 VECTOR = re.compile(r"none|\([^()]*\)")
 BOOLEAN = {"true": True, "false": False}
-MET_TYPES = {
-    **{"met_char": "i1", "met_short": "i2", "met_int": "i4", "met_long": "i4", "met_long_long": "i8"},
-    **{"met_uchar": "u1", "met_ushort": "u2", "met_uint": "u4", "met_ulong": "u4", "met_ulong_long": "u8"},
-    **{"met_float": "f4", "met_double": "f8"},
+MHA_END = re.compile(rb"(?m)^[ \t]*ElementDataFile[ \t]*[=:][ \t]*(?i:local)[ \t]*\r?\n")
+MHA_POINTER = re.compile(rb"(?i)elementdatafile")
+MHA_NAMES = {
+    name: name
+    for name in (
+        *("ObjectType", "NDims", "DimSize", "ElementType", "ElementNumberOfChannels", "HeaderSize"),
+        *("BinaryData", "BinaryDataByteOrderMSB", "ElementByteOrderMSB", "CompressedData"),
+        *("ElementSize", "ElementSpacing", "TransformMatrix", "Rotation", "Orientation"),
+        *("Offset", "Position", "Origin"),
+    )
+}
+MHA_TYPES = {
+    **{"MET_CHAR": "i1", "MET_SHORT": "i2", "MET_INT": "i4", "MET_LONG": "i4", "MET_LONG_LONG": "i8"},
+    **{"MET_UCHAR": "u1", "MET_USHORT": "u2", "MET_UINT": "u4", "MET_ULONG": "u4", "MET_ULONG_LONG": "u8"},
+    **{"MET_FLOAT": "f4", "MET_DOUBLE": "f8"},
+}
+NRRD_MAGIC = re.compile(rb"NRRD000[1-5]\r?\n")
+NRRD_END = re.compile(rb"\r?\n\r?\n")
+NRRD_POINTER = re.compile(rb"(?mi)^data ?file:(?!=)")
+NRRD_NAMES = {  # without spaces, in lower case, since Teem takes them so as well
+    name.replace(" ", ""): name
+    for name in (
+        *("type", "dimension", "sizes", "encoding", "endian", "line skip", "byte skip", "kinds"),
+        *("space", "space dimension", "space directions", "space origin", "spacings", "axis mins", "axis maxs"),
+    )
 }
 NRRD_TYPES = {
     name: code
@@ -52,12 +77,14 @@ NRRD_TYPES = {
     }.items()
     for name in names.split(", ")
 }
-SPACES = {  # of NRRD, by what makes its first two axes point to the left and to the back
-    **dict.fromkeys(("left-posterior-superior", "lps", "scanner-xyz", "3d-right-handed", "3d-left-handed"), (1, 1)),
-    **dict.fromkeys(("right-anterior-superior", "ras"), (-1, -1)),
-    **dict.fromkeys(("left-anterior-superior", "las"), (1, -1)),
+NRRD_SPACES = {  # numbers of a vector, and what makes the first two point to the left and to the back
+    **dict.fromkeys(("left-posterior-superior", "lps", "scanner-xyz", "3d-right-handed"), (3, 1, 1)),
+    **dict.fromkeys(("3d-left-handed",), (3, 1, 1)),
+    **dict.fromkeys(("right-anterior-superior", "ras"), (3, -1, -1)),
+    **dict.fromkeys(("left-anterior-superior", "las"), (3, 1, -1)),
+    **dict.fromkeys(("left-posterior-superior-time", "lpst"), (4, 1, 1)),
 }
-SPATIAL_KINDS = ("domain", "space", "time", "none", "???")  # of NRRD; along the others lie parts of a voxel
+SPATIAL_KINDS = ("domain", "space", "time", "none", "???")  # along axes of other kinds lie the parts of a voxel
 
 
 @dataclass(frozen=True)
@@ -75,24 +102,19 @@ class Layout:
 
 @contextmanager
 def open_mha_or_nrrd(path: Path, max_voxels: int = MAX_VOXELS) -> Iterator[Image]:
-    """A MHA or NRRD file, whichever its name says. ValueError with the mend, then or as planes are read."""
-    with open_regular(path) as file:
-        fields, start = read_fields(path, file.read(HEADER_BYTES))
+    """A MHA or NRRD file, whichever of them its name says. ValueError with the mend, then or as planes are read."""
+    with damage_told(path), open_regular(path) as file:
+        fields, start = read_fields(path, file.read(LONGEST_HEADER))
         layout = nrrd_layout(fields) if fields.nrrd else mha_layout(fields)
         shape = three_axes(path, layout.sizes, max_voxels)
-        header = _nifti_header(path, shape, layout.affine)
+        header = _grid_header(path, shape, layout.affine)
         file.seek(start)
         source = Unpacked(file) if layout.packed else file
-        try:
-            yield Image(header, shape, read_blocks(path, source.read, layout.data_type, shape))
-        except (EOFError, zlib.error) as error:
-            raise ValueError(f"{path}: its packed data is damaged or cut short: copy it again") from error
-        except OSError as error:
-            raise ValueError(f"{path}: cannot be read ({error.strerror}): check the file and its rights") from error
+        yield Image(header, shape, read_blocks(path, source.read, layout.data_type, shape))
 
 
 class Unpacked:
-    """The bytes of a zlib or gzip stream, unpacked no further than they are asked for."""
+    """The bytes of a zlib or gzip stream, of all its members, unpacked no further than they are asked for."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self._file, self._unpacker = file, zlib.decompressobj(ANY_WRAPPING)
@@ -100,8 +122,13 @@ class Unpacked:
     def read(self, count: int) -> bytes:
         """So many bytes, fewer at the end. EOFError where the stream is cut short, zlib.error where it is damaged."""
         parts = []
-        while count and not self._unpacker.eof:
-            packed = self._unpacker.unconsumed_tail or self._file.read(BLOCK_BYTES)
+        while count:
+            at_hand = self._unpacker.unused_data if self._unpacker.eof else self._unpacker.unconsumed_tail
+            packed = at_hand or self._file.read(PACKED_BYTES)
+            if self._unpacker.eof:
+                if not packed.startswith(GZIP_MAGIC):
+                    break
+                self._unpacker = zlib.decompressobj(ANY_WRAPPING)
             part = self._unpacker.decompress(packed, count)
             if not (packed or part):
                 raise EOFError
@@ -115,7 +142,7 @@ class Unpacked:
 
 @dataclass(frozen=True)
 class Fields:
-    """A header's fields by name, in lower case and without spaces, each with all that is said of it."""
+    """Those fields of a header that matter here, by the names of their format, each with all that is said of it."""
 
     path: Path
     nrrd: bool
@@ -128,19 +155,24 @@ class Fields:
             raise self.unusable(f"{'no' if not values else 'more than one'} “{names[0]}”")
         return values[0] if values else str(default)
 
-    def numbers(self, *names: str, count: int, default: list[float]) -> NDArray[np.float64]:
+    def numbers(self, *names: str, count: int, default: NDArray[np.float64]) -> NDArray[np.float64]:
         """So many numbers. ValueError where there are others."""
         if not any(name in self.said for name in names):
-            return np.array(default)
-        parts = self.text(*names).split()
-        if len(parts) != count or not all(NUMBER.fullmatch(part) for part in parts):
-            raise self.unusable(f"its “{names[0]}” is not {count} numbers")
-        return np.array([float(part) for part in parts])
+            return default
+        return self.parse(names[0], self.text(*names).split(), count)
 
-    def sizes(self, of_axes: str, sizes: str) -> tuple[int, ...]:
-        """Voxels along each axis."""
-        said = self.text(of_axes)
-        parts = self.text(sizes).split()
+    def parse(self, name: str, parts: list[str], count: int) -> NDArray[np.float64]:
+        """Words as so many numbers."""
+        if len(parts) != count or not all(NUMBER.fullmatch(part) for part in parts):
+            raise self.unusable(f"its “{name}” is not {count} numbers")
+        numbers = np.array([float(part) for part in parts])
+        if (np.abs(numbers) > LARGEST_NUMBER).any():
+            raise self.unusable(f"its “{name}” is far too large")
+        return numbers
+
+    def sizes(self, dimension: str, sizes: str) -> tuple[int, ...]:
+        """Voxels along each axis, of the fields of these names."""
+        said, parts = self.text(dimension), self.text(sizes).split()
         if not INTEGER.fullmatch(said) or int(said) not in DIMENSIONS:
             raise self.unusable("its number of dimensions")
         if len(parts) != int(said) or not all(INTEGER.fullmatch(part) for part in parts):
@@ -150,16 +182,17 @@ class Fields:
         return tuple(int(part) for part in parts)
 
     def data_type(self, name: str, types: dict[str, str], big_endian: bool) -> np.dtype[Any]:
-        code = types.get(self.text(name).lower())
+        """That of the voxels, from the field of this name."""
+        code = types.get(self.text(name))
         if code is None:
-            raise self.unusable("its type of voxels")
+            raise self.unusable(f"its “{name}” is no type of voxels that is known here")
         return np.dtype(code).newbyteorder(">" if big_endian else "<")
 
     def choice(self, *names: str, of: dict[str, bool], default: str | None = None) -> bool:
-        """Which of the two that a field can say. ValueError where it says something else."""
+        """Which of those that a field can say. ValueError where it says something else."""
         said = self.text(*names, default=default).lower()
         if said not in of:
-            raise self.unusable(f"its “{names[0]}” is “{said[:20]}”, none of {', '.join(of)}")
+            raise self.unusable(f"its “{names[0]}” is none of {', '.join(of)}")
         return of[said]
 
     def unusable(self, what: str) -> ValueError:
@@ -170,134 +203,153 @@ class Fields:
 
 
 def read_fields(path: Path, head: bytes) -> tuple[Fields, int]:
-    """The fields of a file that starts so, and where its voxels start. ValueError where it cannot be trusted."""
-    nrrd = head.startswith(b"NRRD000")
-    end = re.search(rb"\r?\n\r?\n" if nrrd else rb"(?m)^ElementDataFile *= *LOCAL\r?\n", head)
+    """The fields of a file that starts so, and where its voxels start. ValueError where they are in another file."""
+    nrrd = NRRD_MAGIC.match(head) is not None
+    end = (NRRD_END if nrrd else MHA_END).search(head)
     header = head[: end.end()] if end else head
-    pointers = re.findall(rb"(?i)data ?file *:" if nrrd else rb"(?i)elementdatafile", header)
+    pointers = (NRRD_POINTER if nrrd else MHA_POINTER).findall(header)
     if len(pointers) > (0 if nrrd or not end else 1):
         raise ValueError(f"{path}: has its voxels in another file: export the scan as one file")
     fields = Fields(path, nrrd, {})
     if not end:
-        raise fields.unusable("its header has no end")
-    if CONTROL.search(header):
-        raise fields.unusable("its header is no text")
-    for line in header.decode("latin-1").split("\n")[nrrd:]:  # the first of a NRRD is its name
-        name, _, value = line.partition(":") if nrrd else _split_at_either(line)
-        if not (nrrd and (line.startswith("#") or value.startswith("="))):  # a remark; a key of somebody's own
-            fields.said.setdefault("".join(name.lower().split()), []).append(value.strip())
+        raise fields.unusable(f"its header has no end within {LONGEST_HEADER // 2**20} MiB")
+    for line in io.BytesIO(header):
+        name, value = _nrrd_field(line) if nrrd else _mha_field(line)
+        if name is not None:
+            fields.said.setdefault(name, []).append(value.decode("latin-1").strip())
     return fields, len(header)
 
 
-def _split_at_either(line: str) -> tuple[str, str, str]:
-    """A line of MHA at its first “=” or “:”; MetaIO takes either."""
-    colon, equals = line.partition(":"), line.partition("=")
-    return min(colon, equals, key=lambda parts: len(parts[0]))
+def _mha_field(line: bytes) -> tuple[str | None, bytes]:
+    """Name and value of a line; None for a name that does not matter."""
+    name, _, value = min(line.partition(b":"), line.partition(b"="), key=lambda parts: len(parts[0]))
+    return MHA_NAMES.get(name.strip(b" \t").decode("latin-1")), value
+
+
+def _nrrd_field(line: bytes) -> tuple[str | None, bytes]:
+    """Likewise; `name:=value` is a key of somebody's own, and `#` starts a remark."""
+    name, _, value = line.partition(b":")
+    if value.startswith(b"="):
+        return None, value
+    return NRRD_NAMES.get(name.decode("latin-1").replace(" ", "").lower()), value
 
 
 # --- layouts --------------------------------------------------------------------------------------------------------
 
 
 def mha_layout(fields: Fields) -> Layout:
-    """ValueError where the fields of a MHA file cannot be used."""
-    if fields.text("objecttype").lower() != "image":
+    """What MetaIO's tags say. ValueError where they cannot be used."""
+    if fields.text("ObjectType") != "Image":
         raise fields.unusable("it is no image")
-    sizes = fields.sizes("ndims", "dimsize")
-    if fields.text("elementnumberofchannels", default="1") != "1":
+    sizes = fields.sizes("NDims", "DimSize")
+    if fields.text("ElementNumberOfChannels", default="1") != "1":
         raise fields.colour()
-    if fields.text("headersize", default="0") != "0":
+    if fields.text("HeaderSize", default="0") != "0":
         raise fields.unusable("it skips a part of the file")
-    if not fields.choice("binarydata", of=BOOLEAN, default="true"):
+    if not fields.choice("BinaryData", of=BOOLEAN, default="true"):
         raise fields.unusable("its voxels are written as text")
-    order = fields.choice("binarydatabyteordermsb", "elementbyteordermsb", of=BOOLEAN, default="false")
+    order = fields.choice("BinaryDataByteOrderMSB", "ElementByteOrderMSB", of=BOOLEAN, default="false")
     count = len(sizes)
-    thick = fields.numbers("elementsize", count=count, default=[1.0] * count).tolist()
-    spacing = fields.numbers("elementspacing", count=count, default=thick)
-    turn = ("transformmatrix", "rotation", "orientation")
-    axes = fields.numbers(*turn, count=count**2, default=np.eye(count).ravel().tolist()).reshape(count, count)
-    origin = fields.numbers("offset", "position", "origin", count=count, default=[0.0] * count)
-    return Layout(
-        sizes,
-        np.column_stack([(axes * spacing[:, None])[:3, :3].T, origin[:3]]),  # a row of MHA's is an axis
-        fields.data_type("elementtype", MET_TYPES, order),
-        fields.choice("compresseddata", of=BOOLEAN, default="false"),
-    )
+    thick = fields.numbers("ElementSize", count=count, default=np.ones(count))
+    spacing = fields.numbers("ElementSpacing", count=count, default=thick)
+    turn = ("TransformMatrix", "Rotation", "Orientation")
+    axes = fields.numbers(*turn, count=count**2, default=np.eye(count).ravel()).reshape(count, count)
+    origin = fields.numbers("Offset", "Position", "Origin", count=count, default=np.zeros(count))
+    affine = np.column_stack([(axes * spacing[:, None])[:3, :3].T, origin[:3]])  # a row of MHA's is an axis
+    packed = fields.choice("CompressedData", of=BOOLEAN, default="false")
+    return Layout(sizes, affine, fields.data_type("ElementType", MHA_TYPES, order), packed)
 
 
 def nrrd_layout(fields: Fields) -> Layout:
-    """ValueError where the fields of a NRRD file cannot be used."""
+    """What NRRD's fields say. ValueError where they cannot be used."""
     sizes = fields.sizes("dimension", "sizes")
-    for skipped in ("lineskip", "byteskip"):
+    for skipped in ("line skip", "byte skip"):
         if fields.text(skipped, default="0") != "0":
             raise fields.unusable("it skips a part of the file")
-    for corner in ("axismins", "axismaxs"):
-        if corner in fields.said:
+    for corner in ("axis mins", "axis maxs"):
+        if set(fields.text(corner, default="nan").lower().split()) != {"nan"}:
             raise fields.unusable("it places its axes one by one, and not in a space")
-    packed = fields.choice("encoding", of={"raw": False, "gzip": True, "gz": True})
+    axes, origin = _nrrd_grid(fields, len(sizes))
+    if any(axis is None and size != 1 for axis, size in zip(axes, sizes, strict=True)):
+        raise fields.colour()
+    spatial = [(size, axis) for size, axis in zip(sizes, axes, strict=True) if axis is not None]
+    affine = np.zeros((3, 4))
+    for index, (_, axis) in enumerate(spatial[:3]):
+        affine[:, index] = axis
+    affine[:, 3] = origin
     one_byte = NRRD_TYPES.get(fields.text("type"), "")[-1:] == "1"
     order = fields.choice("endian", of={"little": False, "big": True}, default="little" if one_byte else None)
-    columns = _nrrd_axes(fields, len(sizes))
-    if any(column is None and size != 1 for column, size in zip(columns, sizes, strict=True)):
-        raise fields.colour()
-    spatial = [(size, column) for size, column in zip(sizes, columns, strict=True) if column is not None]
-    affine = np.zeros((3, 4))
-    for index, (_, column) in enumerate(spatial[:3]):
-        affine[:, index] = column
-    if "spaceorigin" in fields.said:
-        affine[:, 3] = _nrrd_vector(fields, fields.text("spaceorigin"))
+    packed = fields.choice("encoding", of={"raw": False, "gzip": True, "gz": True})
     return Layout(tuple(size for size, _ in spatial), affine, fields.data_type("type", NRRD_TYPES, order), packed)
 
 
-def _nrrd_axes(fields: Fields, count: int) -> list[NDArray[np.float64] | None]:
-    """One voxel along each axis, in mm in LPS; None for an axis that is none of space."""
+def _nrrd_grid(fields: Fields, count: int) -> tuple[list[NDArray[np.float64] | None], NDArray[np.float64]]:
+    """One voxel along each axis, None for an axis that is none of space; the first voxel. In mm in LPS."""
     kinds = fields.text("kinds", default="domain " * count).lower().split()
-    spacing = fields.numbers("spacings", count=count, default=[1.0] * count)
-    vectors = VECTOR.findall(fields.text("spacedirections", default="() " * count))
-    if len(kinds) != count or len(vectors) != count:
-        raise fields.unusable(f"its “kinds” or “space directions” are not {count}")
-    if "spacedirections" in fields.said and "spacings" in fields.said:
-        raise fields.unusable("its spacing is said twice")
-    axes: list[NDArray[np.float64] | None] = []
-    beside = np.eye(3, count)  # where no directions are said: left, back, head, and nothing for a fourth
-    for kind, vector, step in zip(kinds, vectors, spacing, strict=True):
-        if kind not in SPATIAL_KINDS or vector == "none":
-            axes.append(None)
-        elif "spacedirections" in fields.said:
-            axes.append(_nrrd_vector(fields, vector))
-        else:
-            axes.append(step * beside[:, sum(axis is not None for axis in axes)])
-    return axes
+    if len(kinds) != count:
+        raise fields.unusable(f"its “kinds” are not {count}")
+    of_space = [kind in SPATIAL_KINDS for kind in kinds]
+    if not {"space", "space dimension", "space directions", "space origin"} & fields.said.keys():
+        return _nrrd_spacings(fields, of_space), np.zeros(3)
+    said = fields.text("space directions")
+    vectors = VECTOR.findall(said)
+    if len(vectors) != count or VECTOR.sub("", said).strip() or "spacings" in fields.said:
+        raise fields.unusable(f"its “space directions” are not {count}, or not all that is said of spacing")
+    axes = [
+        _nrrd_vector(fields, "space directions", vector) if spatial and vector != "none" else None
+        for spatial, vector in zip(of_space, vectors, strict=True)
+    ]
+    origin = "space origin"
+    return axes, _nrrd_vector(fields, origin, fields.text(origin)) if origin in fields.said else np.zeros(3)
 
 
-def _nrrd_vector(fields: Fields, text: str) -> NDArray[np.float64]:
+def _nrrd_spacings(fields: Fields, of_space: list[bool]) -> list[NDArray[np.float64] | None]:
+    """Where no space is named: to the left, to the back, to the head, and nowhere for a fourth axis."""
+    steps = fields.numbers("spacings", count=len(of_space), default=np.ones(len(of_space)))
+    beside = np.eye(3, len(of_space))
+    return [
+        step * beside[:, sum(of_space[:index])] if spatial else None
+        for index, (step, spatial) in enumerate(zip(steps, of_space, strict=True))
+    ]
+
+
+def _nrrd_vector(fields: Fields, name: str, text: str) -> NDArray[np.float64]:
     """`(x,y,z)` of the header's space → LPS."""
-    parts = [part.strip() for part in text.strip("()").split(",")]
-    if len(parts) != 3 or not all(NUMBER.fullmatch(part) for part in parts):
-        raise fields.unusable(f"“{text[:40]}” is no vector of three numbers")
+    count, left, back = _nrrd_space(fields)
+    if not VECTOR.fullmatch(text):
+        raise fields.unusable(f"its “{name}” is no vector")
+    numbers = fields.parse(name, [part.strip() for part in text[1:-1].split(",")], count)
+    return numbers[:3] * (left, back, 1)
+
+
+def _nrrd_space(fields: Fields) -> tuple[int, int, int]:
+    """As in `NRRD_SPACES`."""
     if "space" not in fields.said:
-        flips: tuple[int, int] | None = (1, 1) if fields.text("spacedimension") == "3" else None
+        dimension = fields.text("space dimension")
+        known = (int(dimension), 1, 1) if dimension in ("3", "4", "5") else None
     else:
-        flips = SPACES.get(fields.text("space").lower())
-    if flips is None:
-        raise fields.unusable("its space")
-    return np.array([float(part) for part in parts]) * (*flips, 1)
+        known = None if "space dimension" in fields.said else NRRD_SPACES.get(fields.text("space").lower())
+    if known is None:
+        raise fields.unusable("its “space” is none that is known here, or said twice")
+    return known
 
 
-def _nifti_header(path: Path, shape: tuple[int, int, int], affine_lps: NDArray[np.float64]) -> nib.Nifti1Header:
-    """The NIfTI header of a grid."""
+def _grid_header(path: Path, shape: tuple[int, int, int], affine_lps: NDArray[np.float64]) -> nib.Nifti1Header:
+    """The NIfTI header of a grid; affine_lps: (3, 4). ValueError where there is none."""
     spacing_mm = np.linalg.norm(affine_lps[:, :3], axis=0)
     if not np.isfinite(affine_lps).all() or not spacing_mm.all():
         raise ValueError(f"{path}: its spacing, direction or origin cannot be used: correct the header")
+    if max(shape) > LARGEST_SIDE:
+        raise ValueError(f"{path}: {max(shape)} voxels in a row are too many for a mask in NIfTI-1: crop the scan")
     affine = np.eye(4)
     affine[:3] = LPS_TO_RAS @ affine_lps
     header = nib.Nifti1Header()
+    header.set_data_shape(shape)
+    header.set_zooms(spacing_mm)
+    header.set_sform(affine, code=1)
     try:
-        header.set_data_shape(shape)
-        header.set_zooms(spacing_mm)
-        with np.errstate(over="ignore"):  # what is beyond float32 becomes infinite, which is refused later
-            header.set_sform(affine, code=1)
-            header.set_qform(affine, code=1, strip_shears=True)
+        header.set_qform(affine, code=1, strip_shears=True)
     except HeaderDataError as error:
-        raise ValueError(f"{path}: too large for a mask in NIfTI-1 ({error}): crop the scan") from error
+        raise ValueError(f"{path}: its direction cannot be used ({error}): correct the header") from error
     header.set_xyzt_units("mm")
     return header

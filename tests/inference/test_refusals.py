@@ -129,7 +129,7 @@ def test_other_formats_are_refused_alike(tmp_path: Path, suffix: str) -> None:
 def test_sides_beyond_nifti_are_refused(tmp_path: Path) -> None:
     image = SimpleITK.GetImageFromArray(np.arange(40000, dtype=np.int16).reshape(1, 1, 40000))
     SimpleITK.WriteImage(image, str(tmp_path / "long.nrrd"))
-    with pytest.raises(ValueError, match=r"long.nrrd: (too large for a mask|would be)"):
+    with pytest.raises(ValueError, match=r"long.nrrd: 40000 voxels in a row are too many"):
         read_volume(tmp_path / "long.nrrd")
 
 
