@@ -9,7 +9,13 @@
 #   DL3006, DL3007 (pin the tag): 3.11-slim moves with Python's and Debian's fixes on purpose; what decides the masks, the
 #          Python packages, is pinned exactly in the locks, with what they need and with hashes (what DL3013 asks for).
 #          `--build-arg BASE=python:3.11-slim@sha256:…` fixes the base as well.
+#   SC2086 (quote variables): UNUSED is a list of patterns.
 ARG BASE=python:3.11-slim
+# Of what packages install goes what nothing here loads: cuDNN's part for recurrent networks and attention (its other parts do not
+# refer to it), second copies, headers, what makes models. Of the target torch also what its compiler, its linear algebra and several
+# machines need.
+ARG UNUSED="nvidia/*/include nvidia/cudnn/lib/libcudnn_adv.so.9 nvidia/cuda_nvrtc/lib/*.alt.* nvidia/cublas/lib/libnvblas.so.* \
+    nvidia/cufft/lib/libcufftw.so.* onnxruntime/transformers onnxruntime/quantization onnxruntime/tools onnxruntime/datasets"
 FROM ${BASE} AS base
 
 LABEL org.opencontainers.image.title="samcancer" \
@@ -48,27 +54,28 @@ RUN python -m compileall -q --invalidation-mode checked-hash inference \
 # there in a build.
 FROM base AS slim
 
+ARG UNUSED
 COPY requirements.lock ./
-# Of CUDA's libraries go those that nothing here loads: cuDNN's for recurrent networks and attention (its other parts do not refer to
-# it), what cuFFT needs for callbacks, second copies, headers. Of the rest go packages' own tests and what makes models.
 RUN chmod a+r requirements.lock \
     && PIP_CONSTRAINT=/dev/null pip install --no-cache-dir --disable-pip-version-check --root-user-action=ignore \
         --require-hashes -r requirements.lock \
-    && cd "$(python -c 'import nvidia; print(*nvidia.__path__)')" \
-    && rm -r */include cudnn/lib/libcudnn_adv.so.9 cuda_nvrtc/lib/*.alt.* cublas/lib/libnvblas.so.* cufft/lib/libcufftw.so.* \
-    && rm -r nvjitlink \
-    && cd .. \
-    && find numpy nibabel -type d -name tests -prune -exec rm -r {} + \
-    && rm -r onnxruntime/transformers onnxruntime/quantization onnxruntime/tools onnxruntime/datasets
+    && cd "$(python -c 'import nvidia; print(*nvidia.__path__)')/.." \
+    && rm -r $UNUSED nvidia/nvjitlink \
+    && find numpy nibabel -type d -name tests -prune -exec rm -r {} +
 COPY --from=program /workspace /workspace
 
 
 FROM base AS torch
 
+ARG UNUSED
 COPY requirements-torch.lock ./
 RUN chmod a+r requirements-torch.lock \
     && PIP_CONSTRAINT=/dev/null pip install --no-cache-dir --disable-pip-version-check --root-user-action=ignore \
-        --require-hashes -r requirements-torch.lock
+        --require-hashes -r requirements-torch.lock \
+    && cd "$(python -c 'import nvidia; print(*nvidia.__path__)')/.." \
+    && rm -r $UNUSED triton nvidia/cusolver torch/lib/libtorch_cuda_linalg.so torch/include torch/bin torch/share \
+    && find nvidia/nvshmem/lib -type f ! -name 'libnvshmem_host.so*' -exec rm {} + \
+    && find numpy nibabel -type d -name tests -prune -exec rm -r {} +
 COPY --from=program /workspace /workspace
 # torch's own compiler is not used; should some part of torch import it, it makes the folder for its cache at once, named after a
 # user that `--user` may not have; one that exists is left as it is.
