@@ -42,6 +42,8 @@ SITES = (
     Site("peritoneum", 0.05, (Organ.CAVITY,), (Organ.CAVITY, Organ.BOWEL), (0.5, 0.95), "node", 150),
     Site("muscle", 0.04, (Organ.MUSCLE,), (Organ.MUSCLE, Organ.FAT, Organ.CAVITY), (0.4, 1.0), "muscle", 200),
 )
+CHEST_SHARES = {"lung": 0.62, "node": 0.16, "muscle": 0.08, "liver": 0.08, "kidney": 0.03, "peritoneum": 0.03}
+"""Of the patients whose chest is scanned."""
 SITE_CODE = {site.name: code for code, site in enumerate(SITES, start=1)}
 
 
@@ -55,10 +57,10 @@ class Lesion:
     hu: float
 
 
-def add_lesions(p: Patient, organs: Canvas) -> tuple[Lesion, ...]:
+def add_lesions(p: Patient, organs: Canvas, chest: bool = False) -> tuple[Lesion, ...]:
     """Append 1 to 6 lesions to the patient's parts, placed by the coarse organ map of the scanned region."""
     rng = p.rng
-    shares = np.array([s.share for s in SITES])
+    shares = np.array([CHEST_SHARES.get(s.name, 0.0) if chest else s.share for s in SITES])
     main = SITES[int(rng.choice(len(SITES), p=shares / shares.sum()))]
     single_kind = rng.random() < 0.65
     count = int(rng.choice((1, 2, 3, 4, 5, 6), p=(0.34, 0.22, 0.16, 0.12, 0.09, 0.07)))

@@ -1,8 +1,8 @@
 """Procedural abdominal CTs with lesions: seeded, versioned, free of patients.
 
-`make_phantom` draws a patient (`anatomy.py`, `skeleton.py`, `viscera.py`), lesions (`lesions.py`) and a scanner,
-renders the scene on the scanner's grid (`scene.py`) and adds noise. Axis order is (z, y, x): z feet to head,
-y anterior to posterior, x right to left, which is LPS.
+`make_phantom` draws a patient (`anatomy.py`, `skeleton.py`, `viscera.py`; for a scan of the chest `thorax.py`), lesions
+(`lesions.py`) and a scanner, renders the scene on the scanner's grid (`scene.py`) and adds noise. Axis order is
+(z, y, x): z feet to head, y anterior to posterior, x right to left, which is LPS.
 
     python -m training phantoms --out DIR --count 100 --seed 0 --jobs 4
 """
@@ -10,7 +10,7 @@ y anterior to posterior, x right to left, which is LPS.
 from __future__ import annotations
 
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ import numpy as np
 from scipy.ndimage import gaussian_filter1d
 from tqdm import tqdm
 
-from training import anatomy, skeleton, viscera
+from training import anatomy, skeleton, thorax, viscera
 from training.anatomy import Patient
 from training.data import Annotated, Entry, write_rows
 from training.lesions import SITE_CODE, Lesion, add_lesions
@@ -34,6 +34,12 @@ MAP_MM = 4.0
 """Grid of the organ map in which lesions are placed; fixed, so that the scene depends on no scanner's voxels."""
 NOISE_VOXEL_MM = (3.0, 0.8, 0.8)
 """Voxel for which `Scanner.noise_hu` is stated."""
+
+PARTS = (anatomy.add_table, anatomy.add_wall, anatomy.add_chest, anatomy.add_back_muscles, viscera.add_viscera,
+         skeleton.add_spine, skeleton.add_ribs, skeleton.add_pelvis)  # fmt: skip
+CHEST_PARTS = (anatomy.add_table, anatomy.add_wall, thorax.add_wall, anatomy.add_chest, thorax.add_lungs,
+               anatomy.add_back_muscles, viscera.add_viscera, thorax.add_mediastinum,
+               skeleton.add_spine, skeleton.add_ribs, thorax.add_bones)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -74,6 +80,11 @@ class Scanner:
         spacing = rng.uniform(300, 450) / 256
         shape = (int(rng.integers(48, 97)), 256, 256)
         return cls(shape, (float(rng.uniform(2, 5)), spacing, spacing), *_draw_quality(rng))
+
+    def of_chest(self, rng: np.random.Generator) -> Scanner:
+        """The same from the neck or the shoulders down, 220 to 350 mm."""
+        count = round(rng.uniform(220, 350) / self.spacing_mm[0])
+        return replace(self, shape=(count, *self.shape[1:]), top_mm=float(rng.uniform(330, 400)))
 
     @classmethod
     def demo(cls) -> Scanner:
@@ -122,8 +133,10 @@ def is_healthy(seed: int, share: float = HEALTHY_SHARE) -> bool:
     return bool(np.random.default_rng((PHANTOM_VERSION, seed, 9)).random() < share)
 
 
-def make_phantom(seed: int, *, healthy: bool | None = None, scanner: Scanner | None = None) -> Phantom:
-    """The phantom of `seed`; `healthy` and `scanner` are drawn where not given.
+def make_phantom(
+    seed: int, *, healthy: bool | None = None, scanner: Scanner | None = None, chest: bool = False
+) -> Phantom:
+    """The phantom of `seed`; `healthy` and `scanner` are drawn where not given. chest: drawn up to the neck.
 
     Patient and lesions depend on the seed and on the region scanned in mm, not on the voxels.
     """
@@ -133,13 +146,12 @@ def make_phantom(seed: int, *, healthy: bool | None = None, scanner: Scanner | N
     patient = anatomy.draw_patient(scene_rng, 0.97 * scanner.field_mm[2])
     top = _draw_top(scene_rng, scanner)
     shift = scene_rng.normal(0, 4, 2)
-    for add in (anatomy.add_table, anatomy.add_wall, anatomy.add_chest, anatomy.add_back_muscles, viscera.add_viscera,
-                skeleton.add_spine, skeleton.add_ribs, skeleton.add_pelvis):  # fmt: skip
+    for add in CHEST_PARTS if chest else PARTS:
         add(patient)
     found: tuple[Lesion, ...] = ()
     if not healthy:
         region = _axes(scanner.field_mm, (MAP_MM,) * 3, top, shift)
-        found = add_lesions(patient, render(patient.parts, region, 1.0, seed))
+        found = add_lesions(patient, render(patient.parts, region, 1.0, seed), chest)
     canvas = render(patient.parts, _axes(scanner.field_mm, scanner.spacing_mm, top, shift), scanner.kernel_mm, seed)
     hu = _scan(noise_rng, canvas, scanner, patient)
     labels = (canvas.lesions > 0).astype(np.uint8)
@@ -229,6 +241,7 @@ class Settings:
     seed: int = 0  # of the first scan; the next ones count up
     jobs: int = 1  # processes
     healthy_share: float = HEALTHY_SHARE  # of the scans are free of lesions
+    chest_share: float = 0.0  # of the scans are of the chest, up to the neck
     partial_share: float = 0.0  # of the diseased scans: only the lesions of one site are annotated
     network_grid: bool = False  # 256×256 scans as the networks see them, at a fifth of the time and space
 
@@ -237,7 +250,11 @@ def _write_case(seed: int, settings: Settings) -> Entry:
     """Write one phantom; what is known of it."""
     rng = np.random.default_rng((PHANTOM_VERSION, seed, 7))
     scanner = Scanner.training(rng) if settings.network_grid else None
-    phantom = make_phantom(seed, healthy=is_healthy(seed, settings.healthy_share), scanner=scanner)
+    chest = rng.random() < settings.chest_share if settings.chest_share else False
+    if chest:
+        scanner = (scanner or Scanner.random(rng)).of_chest(rng)
+    healthy = is_healthy(seed, settings.healthy_share)
+    phantom = make_phantom(seed, healthy=healthy, scanner=scanner, chest=chest)
     name = f"phantom_{seed:06d}"
     write_flare(phantom, settings.out, name)
     scan, label = (settings.out / f"{place}.nii.gz" for place in (f"imagesTr/{name}_0000", f"labelsTr/{name}"))

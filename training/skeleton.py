@@ -8,7 +8,7 @@ import numpy as np
 
 from training.anatomy import DEPTH, WIDTH, Z_KNOTS, Organ, Patient, turn_about_z
 from training.scene import Material
-from training.shapes import Column, Ellipsoid, Tube
+from training.shapes import Array, Column, Ellipsoid, Shape, Tube
 
 VERTEBRAE_Z = (238, 214, 189, 163, 137, 110, 82, 52, 20, -14, -48, -83, -118)
 """Centres of T5 to L5."""
@@ -26,14 +26,20 @@ def add_spine(p: Patient) -> None:
     disc = Column(column_z, bow, axis_x * ones, 15 * s * ones, 20 * s * ones)
     p.add(p.wobble(disc, 0.6, 20), p.material("disc"), Organ.MUSCLE)
     for z in np.asarray(VERTEBRAE_Z) * s:
-        _vertebra(p, z, float(np.interp(z, column_z, bow)), axis_x, bone)
+        add_vertebra(p, z, float(np.interp(z, column_z, bow)), axis_x, bone)
     canal_y = bow + 24 * s
     p.add(Column(column_z, canal_y, axis_x * ones, 7.5 * s * ones, 9 * s * ones), p.material("cord"), Organ.CANAL)
     sacrum = Tube.along([(-138 * s, 45 * s, 0), (-175 * s, 72 * s, 0), (-225 * s, 85 * s, 0)], [24 * s, 22 * s, 9 * s])
     p.add(p.wobble(sacrum, 2, 18), bone, Organ.BONE)
 
 
-def _vertebra(p: Patient, z: float, y: float, x: float, bone: Sequence[tuple[float, Material]]) -> None:
+def bone_layers(p: Patient, cortex_mm: float) -> list[tuple[float, Material]]:
+    """Marrow in a shell of so many mm."""
+    return [(0.0, p.material("cortex", 55)), (cortex_mm, Material(p.hu("marrow"), 25, 15))]
+
+
+def add_vertebra(p: Patient, z: float, y: float, x: float, bone: Sequence[tuple[float, Material]]) -> None:
+    """Body, arch and processes of the one whose body's centre lies there."""
     s = p.scale * (1.0 if z < 60 else 0.86)
     knots = np.array([-12.5, -8, 0, 8, 12.5]) * s
     waist = np.array([1.06, 1.0, 0.92, 1.0, 1.06])
@@ -65,7 +71,7 @@ def add_ribs(p: Patient) -> None:
             half_x = (135 * np.interp(z, Z_KNOTS * s, WIDTH)) * s + 0.35 * p.visceral_mm - 1
             y = -p.visceral_mm / 2 + half_y * np.cos(angles) * bend
             points = np.stack([z, y, side * half_x * np.sin(angles) * bend], 1)
-            p.add(p.wobble(Tube.along(points, 5.2 * s), 0.5, 9), bone, Organ.BONE)
+            p.add(rib(p, points), bone, Organ.BONE)
             if i < 6:
                 end = np.array([z[-1] + 30 * s, y[-1] - 6 * s, side * 18 * s])
                 cartilage = Tube.along([points[-1], end], [5.5 * s, 6 * s])
@@ -73,6 +79,11 @@ def add_ribs(p: Patient) -> None:
     y = -(98 * s * 1.08) - p.visceral_mm + 4
     sternum = Column(np.array([130, 150, 260]) * s, (y, y, y + 12), (0, 0, 0), (4, 6, 6), (8, 17, 18), 0.4)
     p.add(p.wobble(sternum, 0.6, 12), bone, Organ.BONE)
+
+
+def rib(p: Patient, points: Array) -> Shape:
+    """Along points (n, 3) in mm, in this patient's scale."""
+    return p.wobble(Tube.along(points, 5.2 * p.scale), 0.5, 9)
 
 
 def add_pelvis(p: Patient) -> None:
