@@ -73,7 +73,7 @@ RUN chmod a+r requirements-torch.lock \
     && PIP_CONSTRAINT=/dev/null pip install --no-cache-dir --disable-pip-version-check --root-user-action=ignore \
         --require-hashes -r requirements-torch.lock \
     && cd "$(python -c 'import nvidia; print(*nvidia.__path__)')/.." \
-    && rm -r $UNUSED triton nvidia/cusolver torch/lib/libtorch_cuda_linalg.so torch/include torch/bin torch/share \
+    && rm -r $UNUSED triton nvidia/cusolver torch/lib/libtorch_cuda_linalg.so torch/include torch/share \
     && find nvidia/nvshmem/lib -type f ! -name 'libnvshmem_host.so*' -exec rm {} + \
     && find numpy nibabel -type d -name tests -prune -exec rm -r {} +
 COPY --from=program /workspace /workspace
