@@ -42,13 +42,14 @@ HEALTHY_LIMIT = 0.05  # of the healthy cases may have a false positive
 ROUNDS = 2  # of the search, one threshold at a time
 STARTS = (0.5, 0.7, 0.9)  # voxel thresholds from which the search sets out, so that an empty mask cannot trap it
 SURE = (0.95, 0.5, 0.7, 0.9, 0.98, 0.99, 0.995, 0.998, 0.999, 0.9995, 1.01)  # above 1: never sure alone
+BOTH = (0.5, 0.1, 0.3, 0.7, 0.85, 0.95, 0.98, 0.99)  # what the other network says tells most of a component
 VOXEL = (0.5, 0.3, 0.4, 0.6, 0.7, 0.8, 0.9, 0.95)
 CHOICES: dict[str, tuple[float, ...]] = {
     "scan_threshold": (0.5, 0.0, 0.3, 0.6, 0.7, 0.8, 0.85, 0.9, 0.93, 0.95, 0.97, 0.98, 0.99),
     "weight": (0.5, 0.2, 0.35, 0.65, 0.8, 1.0),
     "voxel": VOXEL,
-    "both_hybrid": (0.5, 0.3, 0.7, 0.85),
-    "both_unet": (0.5, 0.3, 0.7, 0.85),
+    "both_hybrid": BOTH,
+    "both_unet": BOTH,
     "sure_hybrid": SURE,
     "sure_unet": SURE,
     "unet_voxel": VOXEL,

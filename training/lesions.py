@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -29,6 +30,8 @@ class Site:
     tissue: str
     """Tissue that its contrast is measured against."""
     largest_ml: float
+    least_free: float = 0.9
+    """Least share of it that lies in organs it replaces; what lies in others is not painted."""
 
 
 SITES = (
@@ -42,8 +45,13 @@ SITES = (
     Site("peritoneum", 0.05, (Organ.CAVITY,), (Organ.CAVITY, Organ.BOWEL), (0.5, 0.95), "node", 150),
     Site("muscle", 0.04, (Organ.MUSCLE,), (Organ.MUSCLE, Organ.FAT, Organ.CAVITY), (0.4, 1.0), "muscle", 200),
 )
-CHEST_SHARES = {"lung": 0.62, "node": 0.16, "muscle": 0.08, "liver": 0.08, "kidney": 0.03, "peritoneum": 0.03}
-"""Of the patients whose chest is scanned."""
+CHEST_CHANGES: dict[str, dict[str, Any]] = {
+    "lung": {"share": 0.62, "over": (Organ.LUNG, Organ.CAVITY), "within": (0.35, 1.0), "least_free": 0.6},
+    **{"node": {"share": 0.16}, "muscle": {"share": 0.08}, "liver": {"share": 0.08}},
+    **{"kidney": {"share": 0.03}, "peritoneum": {"share": 0.03}},
+}
+CHEST_SITES = tuple(replace(site, **CHEST_CHANGES[site.name]) for site in SITES if site.name in CHEST_CHANGES)
+"""Of the patients whose chest is scanned: lesions of the lung may lie on the ribs or grow out of the mediastinum."""
 SITE_CODE = {site.name: code for code, site in enumerate(SITES, start=1)}
 
 
@@ -60,8 +68,9 @@ class Lesion:
 def add_lesions(p: Patient, organs: Canvas, chest: bool = False) -> tuple[Lesion, ...]:
     """Append 1 to 6 lesions to the patient's parts, placed by the coarse organ map of the scanned region."""
     rng = p.rng
-    shares = np.array([CHEST_SHARES.get(s.name, 0.0) if chest else s.share for s in SITES])
-    main = SITES[int(rng.choice(len(SITES), p=shares / shares.sum()))]
+    sites = CHEST_SITES if chest else SITES
+    shares = np.array([s.share for s in sites])
+    main = sites[int(rng.choice(len(sites), p=shares / shares.sum()))]
     single_kind = rng.random() < 0.65
     count = int(rng.choice((1, 2, 3, 4, 5, 6), p=(0.34, 0.22, 0.16, 0.12, 0.09, 0.07)))
     found: list[Lesion] = []
@@ -70,7 +79,7 @@ def add_lesions(p: Patient, organs: Canvas, chest: bool = False) -> tuple[Lesion
             break
         site = main
         if (not single_kind and found) or (attempt > 20 and not found):
-            site = SITES[int(rng.choice(len(SITES), p=shares / shares.sum()))]
+            site = sites[int(rng.choice(len(sites), p=shares / shares.sum()))]
         volume = draw_volume(rng, site.largest_ml) * 0.9**attempt
         lesion = _place(p, site, max(volume, VOLUME_ML[0] * 1.3), organs, found)
         if lesion is not None:
@@ -101,7 +110,7 @@ def _place(p: Patient, site: Site, volume_ml: float, organs: Canvas, others: lis
     around = _look_around(p.rng, organs, centres, radius)
     home = np.isin(around, site.homes).mean(1)
     free = np.isin(around, site.over).mean(1)
-    good = (free >= 0.9) & (home >= site.within[0]) & (home <= site.within[1])
+    good = (free >= site.least_free) & (home >= site.within[0]) & (home <= site.within[1])
     good &= _inside_scan(organs.axes, centres, radius)
     if site.name == "node":
         good &= _near_aorta(organs, centres)

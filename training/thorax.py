@@ -99,7 +99,7 @@ def add_lungs(p: Patient) -> None:
         targets = hilum + p.rng.uniform((-35, -75, -30), (118, 60, 65), (120, 3)) * s * np.array([1, 1, side])
         p.add(grow_tree(p.rng, hilum, targets, 0.95, 7.0), p.material("blood_cava"), Organ.LUNG, (Organ.LUNG,))
         _add_scars(p, side)
-        if p.chance(0.2):
+        if p.chance(0.12):
             _add_fluid(p, side)
 
 

@@ -2,7 +2,7 @@
 # Weights like those that ship, `small` (whose own runs the log tells): both networks on phantoms, then on phantoms and
 # real scans; two cores, no GPU.
 #
-#     sh training/recipes/small.sh WORK DATA     # about nine hours, the sum of its parts; called again, it goes on where it stopped
+#     sh training/recipes/small.sh WORK DATA     # about seven hours, the sum of its parts; called again, it goes on where it stopped
 #
 # DATA is a folder with real scans as real.py reads it. WORK/weights is then a folder for
 # `sh predict.sh --weights WORK/weights IN OUT`.
@@ -21,10 +21,7 @@ phantoms() {
 phantoms phantoms_1 743 1000
 phantoms phantoms_2 480 4000
 phantoms phantoms_3 540 5000
-phantoms phantoms_4 600 6000
-phantoms chests 170 7000 --chest-share 1
 phantoms phantoms_held_out 64 2000 --healthy-share 0.5
-phantoms chests_held_out 24 2100 --chest-share 1 --healthy-share 0.45
 [ -e "$work/real/abdomen/cases.csv" ] || python "$(dirname "$0")/real.py" "$data" "$work/real"
 
 # Many steps on small patches teach what a lesion is; batch norm lets larger ones finish the work.
@@ -57,17 +54,5 @@ $run unet $third --out "$work/unet_3" --weights "$work/unet_2/unet.safetensors" 
 $run hybrid $third --out "$work/hybrid_3" --weights "$work/hybrid_2/hybrid.safetensors" --minutes 50 $slices \
     --learning-rate 1.2e-3 --crop-share 0.45
 
-# The last time: organs enhanced more or less, noise as scanners have it (both in the training's code), chests, and the one real
-# abdomen with drawn lesions.
-fourth="--data $work/phantoms_4 $work/chests $work/real/abdomen $work/real/implants $work/real/sarcomas \
-    --shares 0.4 0.18 0.1 0.07 0.25 --validation 25 --lesion-weight 3 --frozen-norms 0.2"
-# shellcheck disable=SC2086
-$run unet $fourth --out "$work/unet_4" --weights "$work/unet_3/unet.safetensors" --minutes 50 $patches \
-    --learning-rate 3e-3 --small-share 0.35
-# shellcheck disable=SC2086
-$run hybrid $fourth --out "$work/hybrid_4" --weights "$work/hybrid_3/hybrid.safetensors" --minutes 50 $slices \
-    --learning-rate 1.2e-3 --crop-share 0.45
-
-$run release --hybrid "$work/hybrid_4/hybrid.safetensors" --unet "$work/unet_4/unet.onnx" --out "$work/weights"
-$run calibrate --data "$work/phantoms_held_out" "$work/chests_held_out" "$work/real/sarcomas_held_out" \
-    --weights "$work/weights"
+$run release --hybrid "$work/hybrid_3/hybrid.safetensors" --unet "$work/unet_3/unet.onnx" --out "$work/weights"
+$run calibrate --data "$work/phantoms_held_out" "$work/real/sarcomas_held_out" --weights "$work/weights"
