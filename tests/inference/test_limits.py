@@ -74,24 +74,22 @@ def test_room_by_hand(groups: Groups) -> None:
     groups("0::/\n", {"memory.max": str(1000 * 2**20)})
     assert limits.room_mib(Path("x"), (100, 512, 512)) == 575
     assert limits.room_mib(Path("x"), (100, 512, 512), beside_mib=7) == 568
-    assert limits.room_mib(Path("x"), (100, 512, 512), read_bytes=26) == 575  # 350 + 650: just so
 
 
 @pytest.mark.parametrize(
-    ("slices", "read_bytes", "beside_mib", "needed"),
+    ("slices", "beside_mib", "needed"),
     [
-        (100, 2, 0, 350 + 75 + 200),  # the networks decide
-        (100, 2, 30, 350 + 30 + 75 + 200),
-        (300, 2, 0, 350 + 450),  # fusion does: 6 bytes a voxel, but no network beside it
-        (300, 2, 30, 350 + 30 + 450),
-        (300, 10, 0, 350 + 750),  # reading does
+        (100, 0, 350 + 75 + 200),  # the networks decide
+        (100, 30, 350 + 30 + 75 + 200),
+        (300, 0, 350 + 450),  # fusion does: 6 bytes a voxel, but no network beside it
+        (300, 30, 350 + 30 + 450),
     ],
 )
-def test_too_little_room(groups: Groups, slices: int, read_bytes: int, beside_mib: int, needed: int) -> None:
+def test_too_little_room(groups: Groups, slices: int, beside_mib: int, needed: int) -> None:
     groups("0::/\n", {"memory.max": str(needed * 2**20 - 1)})
     said = f"in/x_0000.nii.gz: its 512×512×{slices} voxels need {needed} MiB of memory, {needed - 1} are there"
     with pytest.raises(ValueError, match=said):
-        limits.room_mib(Path("in/x_0000.nii.gz"), (slices, 512, 512), read_bytes, beside_mib)
+        limits.room_mib(Path("in/x_0000.nii.gz"), (slices, 512, 512), beside_mib)
 
 
 def test_threads_leave_room_in_the_number_of_processes(groups: Groups) -> None:
