@@ -23,7 +23,7 @@ LUNG_Z = np.array([235.0, 260, 290, 315, 335, 350])
 BULGES = (((338, 10, 150), (72, 58, 58)), ((295, 80, 84), (80, 34, 66)), ((285, -84, 62), (58, 24, 58)))
 """Centres and radii of the muscles of a left shoulder, shoulder blade and breast."""
 VERTEBRAE_Z = (261, 283, 304, 324, 343, 361, 378, 394, 410, 426, 442)
-"""Centres of T4 to C4; the upper five of T carry ribs."""
+"""Centres of T4 to C1; the first four carry ribs."""
 RIBS = 4
 FACES = (Organ.AIR, Organ.FAT)
 SOFT = (Organ.CAVITY, Organ.MUSCLE, Organ.LUNG)
