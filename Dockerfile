@@ -12,8 +12,8 @@
 #   SC2086 (quote variables): UNUSED is a list of patterns.
 ARG BASE=python:3.11-slim
 # Of what packages install goes what nothing here loads: cuDNN's part for recurrent networks and attention (its other parts do not
-# refer to it), second copies, headers, what makes models. Of the target torch also what its compiler, its linear algebra and several
-# machines need.
+# refer to it), second copies, headers, what makes models. Of slim also what cuFFT needs for callbacks, of the target torch what its
+# compiler, its linear algebra and several machines need.
 ARG UNUSED="nvidia/*/include nvidia/cudnn/lib/libcudnn_adv.so.9 nvidia/cuda_nvrtc/lib/*.alt.* nvidia/cublas/lib/libnvblas.so.* \
     nvidia/cufft/lib/libcufftw.so.* onnxruntime/transformers onnxruntime/quantization onnxruntime/tools onnxruntime/datasets"
 FROM ${BASE} AS base

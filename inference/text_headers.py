@@ -37,15 +37,12 @@ VECTOR = re.compile(r"none|\([^()]*\)")
 BOOLEAN = {"true": True, "false": False}
 MHA_END = re.compile(rb"(?m)^[ \t]*ElementDataFile[ \t]*[=:][ \t]*(?i:local)[ \t]*\r?\n")
 MHA_POINTER = re.compile(rb"(?i)elementdatafile")
-MHA_NAMES = {
-    name: name
-    for name in (
-        *("ObjectType", "NDims", "DimSize", "ElementType", "ElementNumberOfChannels", "HeaderSize"),
-        *("BinaryData", "BinaryDataByteOrderMSB", "ElementByteOrderMSB", "CompressedData"),
-        *("ElementSize", "ElementSpacing", "TransformMatrix", "Rotation", "Orientation"),
-        *("Offset", "Position", "Origin"),
-    )
-}
+MHA_NAMES = (
+    *("ObjectType", "NDims", "DimSize", "ElementType", "ElementNumberOfChannels", "HeaderSize"),
+    *("BinaryData", "BinaryDataByteOrderMSB", "ElementByteOrderMSB", "CompressedData"),
+    *("ElementSize", "ElementSpacing", "TransformMatrix", "Rotation", "Orientation"),
+    *("Offset", "Position", "Origin"),
+)
 MHA_TYPES = {
     **{"MET_CHAR": "i1", "MET_SHORT": "i2", "MET_INT": "i4", "MET_LONG": "i4", "MET_LONG_LONG": "i8"},
     **{"MET_UCHAR": "u1", "MET_USHORT": "u2", "MET_UINT": "u4", "MET_ULONG": "u4", "MET_ULONG_LONG": "u8"},
@@ -78,8 +75,8 @@ NRRD_TYPES = {
     for name in names.split(", ")
 }
 NRRD_SPACES = {  # numbers of a vector, and what makes the first two point to the left and to the back
-    **dict.fromkeys(("left-posterior-superior", "lps", "scanner-xyz", "3d-right-handed"), (3, 1, 1)),
-    **dict.fromkeys(("3d-left-handed",), (3, 1, 1)),
+    **dict.fromkeys(("left-posterior-superior", "lps"), (3, 1, 1)),
+    **dict.fromkeys(("scanner-xyz", "3d-right-handed", "3d-left-handed"), (3, 1, 1)),  # as ITK takes them
     **dict.fromkeys(("right-anterior-superior", "ras"), (3, -1, -1)),
     **dict.fromkeys(("left-anterior-superior", "las"), (3, 1, -1)),
     **dict.fromkeys(("left-posterior-superior-time", "lpst"), (4, 1, 1)),
@@ -123,12 +120,15 @@ class Unpacked:
         """So many bytes, fewer at the end. EOFError where the stream is cut short, zlib.error where it is damaged."""
         parts = []
         while count:
-            at_hand = self._unpacker.unused_data if self._unpacker.eof else self._unpacker.unconsumed_tail
-            packed = at_hand or self._file.read(PACKED_BYTES)
             if self._unpacker.eof:
+                packed = self._unpacker.unused_data
+                if len(packed) < len(GZIP_MAGIC):  # a member may start anywhere in what is read at once
+                    packed += self._file.read(PACKED_BYTES)
                 if not packed.startswith(GZIP_MAGIC):
                     break
                 self._unpacker = zlib.decompressobj(ANY_WRAPPING)
+            else:
+                packed = self._unpacker.unconsumed_tail or self._file.read(PACKED_BYTES)
             part = self._unpacker.decompress(packed, count)
             if not (packed or part):
                 raise EOFError
@@ -222,8 +222,9 @@ def read_fields(path: Path, head: bytes) -> tuple[Fields, int]:
 
 def _mha_field(line: bytes) -> tuple[str | None, bytes]:
     """Name and value of a line; None for a name that does not matter."""
-    name, _, value = min(line.partition(b":"), line.partition(b"="), key=lambda parts: len(parts[0]))
-    return MHA_NAMES.get(name.strip(b" \t").decode("latin-1")), value
+    said, _, value = min(line.partition(b":"), line.partition(b"="), key=lambda parts: len(parts[0]))
+    name = said.strip(b" \t").decode("latin-1")
+    return name if name in MHA_NAMES else None, value
 
 
 def _nrrd_field(line: bytes) -> tuple[str | None, bytes]:

@@ -25,7 +25,6 @@ from numpy.typing import NDArray
 from .atomic import write_whole
 from .files import HEADER_BYTES, LPS_TO_RAS, MAX_VOXELS, Image, open_nifti
 from .limits import room_mib
-from .text_headers import open_mha_or_nrrd
 
 AIR_HU = -1024  # padding below this is clipped
 BODY_HU = -500  # between air and fat
@@ -147,6 +146,8 @@ def _opener(path: Path) -> Callable[[Path, int], AbstractContextManager[Image]]:
     if path.name.lower().endswith(NIFTI_SUFFIXES):
         return open_nifti
     if is_scan(path):
+        from .text_headers import open_mha_or_nrrd  # only where it is needed: start-up time counts
+
         return open_mha_or_nrrd
     raise ValueError(f"{path}: not a scan by its name: use one of {', '.join(SCAN_SUFFIXES)}")
 

@@ -250,7 +250,7 @@ def _write_case(seed: int, settings: Settings) -> Entry:
     """Write one phantom; what is known of it."""
     rng = np.random.default_rng((PHANTOM_VERSION, seed, 7))
     scanner = Scanner.training(rng) if settings.network_grid else None
-    chest = rng.random() < settings.chest_share if settings.chest_share else False
+    chest = settings.chest_share > 0 and rng.random() < settings.chest_share  # without chests, no draw: seeds stay true
     if chest:
         scanner = (scanner or Scanner.random(rng)).of_chest(rng)
     healthy = is_healthy(seed, settings.healthy_share)

@@ -13,7 +13,7 @@ import SimpleITK
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from inference.text_headers import Unpacked, read_fields
+from inference.text_headers import PACKED_BYTES, Unpacked, read_fields
 from inference.volume import read_volume
 
 pytestmark = pytest.mark.filterwarnings("error")  # what a library prints is no sentence
@@ -155,6 +155,21 @@ def test_members_of_gzip_one_after_the_other(tmp_path) -> None:
     content = HU.tobytes()
     packed = gzip.compress(b"") + gzip.compress(content[:77]) + gzip.compress(content[77:]) + b"and something else"
     assert_like_itk(nrrd(tmp_path / "x.nrrd", content=packed, start=NRRD.replace("raw", "gzip")))
+
+
+@pytest.mark.parametrize("at_hand", [0, 1, 2])
+def test_a_member_that_starts_where_the_file_is_read_on(tmp_path, at_hand: int) -> None:
+    """So many of its bytes are read together with the end of the member before."""
+    first = member(PACKED_BYTES - at_hand)
+    assert len(first) == PACKED_BYTES - at_hand
+    (tmp_path / "two").write_bytes(first + gzip.compress(b"second"))
+    with (tmp_path / "two").open("rb") as file:
+        assert Unpacked(file).read(PACKED_BYTES + 10).endswith(b"second")
+
+
+def member(length: int) -> bytes:
+    """One of gzip, unpacked in one block: 18 bytes about it, and 5 at its start."""
+    return gzip.compress(bytes(length - 23), 0)
 
 
 def test_four_axes_of_mha(tmp_path) -> None:

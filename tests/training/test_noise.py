@@ -13,7 +13,7 @@ from training.augmentation import Noise, RandomNoise
 def test_neighbours_share_it_as_a_gaussian_says(shared: tuple[float, float]) -> None:
     """White noise blurred with a standard deviation of s pixels has a correlation of exp(−d² / 4s²) at a distance d.
 
-    Sampled at whole pixels that holds for s well above a half; for s = 0.3 it is that of the three taps.
+    Sampled at whole pixels that holds for s well above a half; for s = 0.3 it is that of its taps.
     """
     noise = Noise(12.0, shared, seed=1)(torch.zeros(40, 128, 160)).numpy()
     inside = noise[:, 4:-4, 4:-4]
