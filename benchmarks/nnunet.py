@@ -23,6 +23,7 @@ import tyro
 
 from benchmarks.demo import REPOSITORY
 from eval import accuracy
+from training.loop import fast_precision
 
 DATASET, NUMBER = "Dataset001_Sarcoma", "1"
 PEERS = REPOSITORY / "build" / "peers" / "bin"
@@ -82,7 +83,7 @@ def start(settings: Settings, configuration: str, threads: int) -> tuple[Path, s
     out = settings.work / configuration
     out.mkdir(parents=True, exist_ok=True)
     command = [str(PEERS / "python"), str(REPOSITORY / "benchmarks" / "nnunet_training.py"), configuration]
-    command += [DATASET, str(settings.minutes), settings.device, str(out)]
+    command += [DATASET, str(settings.minutes), settings.device, fast_precision(settings.device), str(out)]
     log = out / "log.txt"
     with log.open("w") as file:
         told = environment(settings.work, threads)

@@ -1,10 +1,10 @@
 """Train one configuration of nnU-Net v2 for so many minutes, then predict imagesTs. Runs where nnU-Net is installed.
 
-    python benchmarks/nnunet_training.py CONFIGURATION DATASET MINUTES DEVICE OUT
+    python benchmarks/nnunet_training.py CONFIGURATION DATASET MINUTES DEVICE PRECISION OUT
 
 nnU-Net's own trainer, data augmentation and loss. Two things differ: its polynomial learning rate falls over the time
-and not over 1000 epochs, so that a short training ends annealed; and on a CPU it computes in bfloat16 with channels
-last, several times as fast, as this project's own training does.
+and not over 1000 epochs, so that a short training ends annealed; and on a CPU it computes with channels last and in the
+precision that it is told, which is this project's own training's.
 """
 
 from __future__ import annotations
@@ -23,12 +23,13 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from tqdm import tqdm
 
 
-def fast(device: torch.device) -> Any:
-    """bfloat16 on a CPU; on a GPU the trainer has its own float16."""
-    return torch.autocast("cpu", torch.bfloat16) if device.type == "cpu" else nullcontext()
+def cast(device: torch.device, precision: str) -> Any:
+    """precision: "bf16-mixed" or "32-true", of a CPU; on a GPU the trainer has its own float16."""
+    mixed = device.type == "cpu" and precision == "bf16-mixed"
+    return torch.autocast("cpu", torch.bfloat16) if mixed else nullcontext()
 
 
-def train(trainer: nnUNetTrainer, minutes: float) -> int:
+def train(trainer: nnUNetTrainer, minutes: float, precision: str) -> int:
     """Iterations done within the minutes, preprocessing not counted."""
     trainer.on_train_start()
     flat = len(trainer.configuration_manager.patch_size) == 2
@@ -41,7 +42,7 @@ def train(trainer: nnUNetTrainer, minutes: float) -> int:
                 group["lr"] = trainer.initial_lr * (1 - share) ** 0.9
             batch = next(trainer.dataloader_train)
             batch["data"] = batch["data"].contiguous(memory_format=layout)
-            with fast(trainer.device):
+            with cast(trainer.device, precision):
                 loss = float(trainer.train_step(batch)["loss"])
             done += 1
             share = min(1.0, (time.monotonic() - began) / (60 * minutes))
@@ -51,7 +52,7 @@ def train(trainer: nnUNetTrainer, minutes: float) -> int:
     return done
 
 
-def predict(trainer: nnUNetTrainer, images: Path, masks: Path) -> None:
+def predict(trainer: nnUNetTrainer, images: Path, masks: Path, precision: str) -> None:
     """As nnU-Net does by default: half-overlapping tiles, blended, mirrored along every axis."""
     trainer.set_deep_supervision_enabled(False)
     trainer.network.eval()
@@ -66,21 +67,22 @@ def predict(trainer: nnUNetTrainer, images: Path, masks: Path) -> None:
         trainer.inference_allowed_mirroring_axes,
     )
     masks.mkdir(parents=True, exist_ok=True)
-    with fast(trainer.device):
+    with cast(trainer.device, precision):
         predictor.predict_from_files_sequential(str(images), str(masks))
 
 
-def main(configuration: str, dataset: str, minutes: str, device: str, out: str) -> None:
+def main(configuration: str, dataset: str, minutes: str, device: str, precision: str, out: str) -> None:
     plans, described = (
         json.loads((Path(nnUNet_preprocessed) / dataset / name).read_text())
         for name in ("nnUNetPlans.json", "dataset.json")
     )
     torch.manual_seed(0)
     trainer = nnUNetTrainer(plans, configuration, "all", described, device=torch.device(device))
-    done = train(trainer, float(minutes))
-    predict(trainer, Path(nnUNet_raw) / dataset / "imagesTs", Path(out) / "masks")
+    done = train(trainer, float(minutes), precision)
+    predict(trainer, Path(nnUNet_raw) / dataset / "imagesTs", Path(out) / "masks", precision)
     told = {
         "minutes": float(minutes),
+        "precision": precision,
         "iterations": done,
         "epochs": round(done / trainer.num_iterations_per_epoch, 2),  # of nnU-Net's 250 iterations
         "batch": trainer.batch_size,

@@ -25,7 +25,7 @@ from training.augmentation import (
 )
 from training.data import read_folder
 from training.hybrid_data import StackSampler, slice_cases
-from training.loop import Budget, Run, learning_rate_factor, train
+from training.loop import Budget, Run, fast_precision, learning_rate_factor, train
 from training.losses import annealed_weight, dice, hybrid_loss, mask_loss, soft_dice_loss
 from training.organs import UNKNOWN, WEIGHT, OrganHeads
 from training.unet_data import PatchSampler, cut, grid_cases
@@ -326,6 +326,13 @@ def test_budget_counts_time_or_steps() -> None:
     assert Budget(60.0, spent_s=61 * 60).share() == 1
     counted = Budget(60.0, steps=40, spent_s=61 * 60, step=10)
     assert [counted.share(), counted.share(20), counted.share(50)] == [0.25, 0.5, 1]
+
+
+def test_bfloat16_only_where_it_is_faster(monkeypatch: pytest.MonkeyPatch) -> None:
+    for capability, expected in (("AVX2", "32-true"), ("DEFAULT", "32-true"), ("AVX512", "bf16-mixed")):
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda said=capability: said)
+        assert fast_precision("cpu") == expected
+        assert fast_precision("cuda") == "bf16-mixed"
 
 
 def test_learning_rate_by_hand() -> None:
