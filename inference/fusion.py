@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import cc3d
 import numpy as np
@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 ProbabilityPlane = NDArray[np.float32]
 SliceSource = Callable[[int], ProbabilityPlane]
 """z → lesion probability (y, x) on the scan's grid."""
+Box = tuple[slice, slice, slice]
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,34 @@ class FusionThresholds:
         return cls(**values)
 
 
+@dataclass(frozen=True)
+class Evidence:
+    """What is known of each component, by its label; what stands at 0, the background, means nothing.
+
+    voxels: its size. hybrid, unet: the network's highest probability in it, −1 where the network is silent.
+    """
+
+    voxels: NDArray[np.int64]
+    hybrid: NDArray[np.float32]
+    unet: NDArray[np.float32]
+
+    def kept(self, voxel_ml: float, thresholds: FusionThresholds) -> NDArray[np.bool_]:
+        """Whether each label stays; the background does not."""
+        both = (self.hybrid >= thresholds.both_hybrid) & (self.unet >= thresholds.both_unet)
+        sure = (self.hybrid >= thresholds.sure_hybrid) | (self.unet >= thresholds.sure_unet)
+        keep = (both | sure) & (self.voxels * voxel_ml >= thresholds.min_volume_ml)
+        keep[0] = False
+        return keep
+
+
+class Components(NamedTuple):
+    """labels: 0 or a component's, (z, y, x), within the box of the scan that holds all of them."""
+
+    box: Box
+    labels: NDArray[Any]
+    evidence: Evidence
+
+
 def fuse(
     hybrid: SliceSource | None,
     unet: SliceSource | None,
@@ -54,19 +83,30 @@ def fuse(
     thresholds: FusionThresholds,
 ) -> NDArray[np.uint8]:
     """Mask (z, y, x) in {0, 1}. hybrid is None where the scan was judged healthy, unet where it was not run."""
+    found = find_components(hybrid, unet, shape, thresholds)
     mask = np.zeros(shape, np.uint8)
-    if hybrid is None and unet is None:
-        return mask
-    for z in range(shape[0]):
-        mask[z] = _candidates(hybrid, unet, z, thresholds)
-    box = bounding_box(mask)
-    if box is None:
-        return mask
-    labels, count = cc3d.connected_components(mask[box], connectivity=26, return_N=True)
-    keep = _kept(hybrid, unet, labels, count, box, voxel_ml, thresholds)
-    for plane, label in zip(mask[box], labels, strict=True):
-        plane[:] = keep[label]
+    if found:
+        keep = found.evidence.kept(voxel_ml, thresholds)
+        for plane, label in zip(mask[found.box], found.labels, strict=True):
+            plane[:] = keep[label]
     return mask
+
+
+def find_components(
+    hybrid: SliceSource | None, unet: SliceSource | None, shape: tuple[int, ...], thresholds: FusionThresholds
+) -> Components | None:
+    """All that could be lesions, None where nothing could; asks for the thresholds of voxels, and weight, only."""
+    if hybrid is None and unet is None:
+        return None
+    candidates = np.zeros(shape, np.uint8)
+    for z in range(shape[0]):
+        candidates[z] = _candidates(hybrid, unet, z, thresholds)
+    box = bounding_box(candidates)
+    if box is None:
+        return None
+    labels, count = cc3d.connected_components(candidates[box], connectivity=26, return_N=True)
+    strongest = (_strongest(source, labels, count, box) for source in (hybrid, unet))
+    return Components(box, labels, Evidence(_sizes(labels, count), *strongest))
 
 
 def mean_probability(hybrid: ProbabilityPlane | None, unet: ProbabilityPlane | None, weight: float) -> ProbabilityPlane:
@@ -89,7 +129,7 @@ def _candidates(
     return found if by_hybrid is None else found | (mean >= thresholds.voxel)
 
 
-def bounding_box(mask: NDArray[Any]) -> tuple[slice, slice, slice] | None:
+def bounding_box(mask: NDArray[Any]) -> Box | None:
     """The smallest box (z, y, x) that holds all of a mask; None where it is empty."""
     box = []
     for axis in range(3):
@@ -98,26 +138,6 @@ def bounding_box(mask: NDArray[Any]) -> tuple[slice, slice, slice] | None:
             return None
         box.append(slice(int(used[0]), int(used[-1]) + 1))
     return box[0], box[1], box[2]
-
-
-def _kept(
-    hybrid: SliceSource | None,
-    unet: SliceSource | None,
-    labels: NDArray[Any],
-    count: int,
-    box: tuple[slice, slice, slice],
-    voxel_ml: float,
-    thresholds: FusionThresholds,
-) -> NDArray[np.uint8]:
-    """1 for each label that stays; index 0 is the background."""
-    strongest_hybrid = _strongest(hybrid, labels, count, box)
-    strongest_unet = _strongest(unet, labels, count, box)
-    both = (strongest_hybrid >= thresholds.both_hybrid) & (strongest_unet >= thresholds.both_unet)
-    sure = (strongest_hybrid >= thresholds.sure_hybrid) | (strongest_unet >= thresholds.sure_unet)
-    volume_ml = _sizes(labels, count) * voxel_ml
-    keep = (both | sure) & (volume_ml >= thresholds.min_volume_ml)
-    keep[0] = False
-    return keep.astype(np.uint8)
 
 
 def _sizes(labels: NDArray[Any], count: int) -> NDArray[np.int64]:
@@ -129,9 +149,7 @@ def _sizes(labels: NDArray[Any], count: int) -> NDArray[np.int64]:
     return sizes
 
 
-def _strongest(
-    source: SliceSource | None, labels: NDArray[Any], count: int, box: tuple[slice, slice, slice]
-) -> NDArray[np.float32]:
+def _strongest(source: SliceSource | None, labels: NDArray[Any], count: int, box: Box) -> NDArray[np.float32]:
     """Highest probability within each component, slice by slice; −1 where the network is silent."""
     strongest = np.full(count + 1, -1, np.float32)
     if source is None:

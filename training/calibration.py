@@ -6,15 +6,15 @@ First the gate of the slices: a half, or lower, so that it withholds the prompts
 that hold a lesion. Then the rest. What decides is the mean over the cases (both empty counts 1, exactly one
 empty 0, as FLARE grades), less the share of healthy cases with any false voxel beyond `HEALTHY_LIMIT`: the mean Dice at
 first, in the last round that of Dice and NSD, which costs ten times as much. Several folders count alike, however many
-cases each has. Each network by itself is calibrated first. The program uses the fused thresholds only; what the UNet
-found for itself stays in them, since what it finds is a candidate whatever the hybrid says, and since a search over
-everything at once fits a few dozen cases alone.
+cases each has. Each network by itself is calibrated first. The program uses the fused thresholds only: voxels are
+candidates by the mean of both networks or as the UNet found for itself, and the search decides which components stay,
+since one over everything at once fits a few dozen cases alone.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Hashable, Iterable
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache, partial
 from pathlib import Path
@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from eval.surface import surface_dice
-from inference.fusion import FusionThresholds, SliceSource, bounding_box, fuse
+from inference.fusion import Evidence, FusionThresholds, SliceSource, bounding_box, find_components, fuse
 from inference.hybrid.predict import predict_slices
 from inference.pipeline import Pipeline, voxel_volume_ml
 from inference.slices import thick_grid, thicken
@@ -41,8 +41,8 @@ PER_MILLE = np.int16(1000)  # of a lesion's voxel: how much of a thick slice's v
 HEALTHY_LIMIT = 0.05  # of the healthy cases may have a false positive
 ROUNDS = 2  # of the search, one threshold at a time
 STARTS = (0.5, 0.7, 0.9)  # voxel thresholds from which the search sets out, so that an empty mask cannot trap it
-SURE = (0.95, 0.5, 0.7, 0.9, 0.98, 0.99, 0.995, 0.998, 0.999, 0.9995, 1.01)  # above 1: never sure alone
-BOTH = (0.5, 0.1, 0.3, 0.7, 0.85, 0.95, 0.98, 0.99)  # what the other network says tells most of a component
+SURE = (0.95, 0.5, 0.7, 0.9, 0.98, 0.99, 0.995, 0.998, 0.999, 0.9995, 0.9998, 0.9999, 0.99995, 1.01)  # the last: never
+BOTH = (0.5, 0.1, 0.3, 0.7, 0.85, 0.95, 0.98, 0.99, 0.995, 0.998, 0.999, 0.9995)  # the other network tells most
 VOXEL = (0.5, 0.3, 0.4, 0.6, 0.7, 0.8, 0.9, 0.95)
 CHOICES: dict[str, tuple[float, ...]] = {
     "scan_threshold": (0.5, 0.0, 0.3, 0.6, 0.7, 0.8, 0.85, 0.9, 0.93, 0.95, 0.97, 0.98, 0.99),
@@ -58,10 +58,9 @@ CHOICES: dict[str, tuple[float, ...]] = {
 SEARCHED: dict[str, tuple[str, ...]] = {  # by which network speaks; the thresholds that matter then
     "hybrid": ("scan_threshold", "voxel", "sure_hybrid", "min_volume_ml"),
     "unet": ("unet_voxel", "sure_unet", "min_volume_ml"),
-    "fused": ("scan_threshold", "weight", "voxel", "both_hybrid", "both_unet", "sure_hybrid", "min_volume_ml"),
+    "fused": ("scan_threshold", "both_hybrid", "both_unet", "sure_hybrid", "sure_unet", "min_volume_ml"),
 }
 OPEN = Gate(0.5)  # before calibration
-NEVER = 1.01  # a probability that none reaches
 
 
 @dataclass(frozen=True)
@@ -101,11 +100,30 @@ class Predicted:
     unet: NDArray[np.float32]
     score: float
     source: Path = Path()
+    _evidence: dict[Hashable, Evidence | None] = field(default_factory=dict, init=False, repr=False)
+    _measured: dict[Hashable, float] = field(default_factory=dict, init=False, repr=False)
 
     def mask(self, operating: Operating, network: str) -> NDArray[np.uint8]:
         """network: "hybrid", "unet" or "fused"."""
-        speaking = operating.speaking(network, slices_of(self.hybrid), slices_of(self.unet), self.score)
+        speaking = self._speaking(operating, network)
         return fuse(*speaking, self.label.shape, voxel_volume_ml(self.spacing_mm), operating.fusion)
+
+    def measured(self, operating: Operating, network: str, measure: Measure) -> float:
+        """What `measure` says of the mask; masks of the same components, which most thresholds give, are made once."""
+        fusion, (hybrid, unet) = operating.fusion, self._speaking(operating, network)
+        candidates = (hybrid and fusion.voxel, unet and fusion.unet_voxel, hybrid and unet and fusion.weight)
+        if candidates not in self._evidence:
+            found = find_components(hybrid, unet, self.label.shape, fusion)
+            self._evidence[candidates] = found and found.evidence
+        evidence = self._evidence[candidates]
+        kept = evidence.kept(voxel_volume_ml(self.spacing_mm), fusion) if evidence else np.zeros(0, bool)
+        asked = (measure, candidates, kept.tobytes())
+        if asked not in self._measured:
+            self._measured[asked] = measure(self, operating, network)
+        return self._measured[asked]
+
+    def _speaking(self, operating: Operating, network: str) -> tuple[SliceSource | None, SliceSource | None]:
+        return operating.speaking(network, slices_of(self.hybrid), slices_of(self.unet), self.score)
 
     def dice(self, operating: Operating, network: str) -> float:
         return dice(self.mask(operating, network), self.label)
@@ -167,7 +185,7 @@ def judge(cases: list[Predicted], operating: Operating, network: str, measure: M
 
 def judge_folder(cases: list[Predicted], operating: Operating, network: str, measure: Measure) -> float:
     """Mean of the measure, less the share of healthy cases with a false positive that is beyond the limit."""
-    scores = np.array([measure(case, operating, network) for case in cases])
+    scores = np.array([case.measured(operating, network, measure) for case in cases])
     healthy = np.array([not case.label.any() for case in cases])
     false_positive = float(np.mean(scores[healthy] == 0)) if healthy.any() else 0.0
     return float(scores.mean()) - max(0.0, false_positive - HEALTHY_LIMIT)
@@ -218,10 +236,9 @@ def calibrate_all(cases: list[Predicted], gate: Gate) -> dict[str, tuple[Operati
     """
     found = {network: calibrate(cases, network, Operating(gate)) for network in ("hybrid", "unet")}
     (hybrid, _), (unet, _) = found["hybrid"], found["unet"]
-    own = {name: getattr(hybrid.fusion, name) for name in ("voxel", "sure_hybrid")}
-    both = Operating(hybrid.gate, replace(unet.fusion, **own))
-    silent = replace(hybrid.fusion, weight=1.0, unet_voxel=NEVER, sure_unet=NEVER)  # the UNet may still confirm
-    starts = (both, Operating(hybrid.gate, silent))
+    both = Operating(hybrid.gate, replace(unet.fusion, sure_hybrid=hybrid.fusion.sure_hybrid))
+    agreed = replace(both.fusion, both_hybrid=max(BOTH), both_unet=max(BOTH))  # which makes the scan's gate needless
+    starts = (both, Operating(replace(hybrid.gate, scan_threshold=0.0), agreed))
     fused = max((calibrate(cases, "fused", start) for start in starts), key=lambda pair: pair[1])
     return {**found, "fused": fused}
 

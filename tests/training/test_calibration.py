@@ -45,6 +45,22 @@ def test_the_box_of_a_prediction_changes_no_dice() -> None:
                 assert found.dice(operating, network) == pytest.approx(whole.dice(operating, network))
 
 
+def test_masks_of_the_same_components_are_measured_alike() -> None:
+    """Whatever threshold is moved, and in whatever order: as the mask itself, measured afresh, says."""
+    rng = np.random.default_rng(1)
+    hybrid, unet = rng.choice(np.float32([0, 0.35, 0.6, 0.9, 0.9993, 0.99996]), (2, 6, 12, 12), p=[0.9, *[0.02] * 5])
+    case = Predicted((hybrid + unet > 1.3).astype(np.uint8), (2.0, 5.0, 5.0), hybrid, unet, 0.8)
+    moves = [(name, value) for names in SEARCHED.values() for name in names for value in CHOICES[name]]
+    operating, told = Operating(), set()
+    for index in rng.permutation(len(moves)):
+        operating = operating.change(*moves[index])
+        for network in SEARCHED:
+            for measure in (Predicted.dice, Predicted.dice_and_nsd):
+                told.add(case.measured(operating, network, measure))
+                assert case.measured(operating, network, measure) == measure(case, operating, network)
+    assert len(told) > 20
+
+
 @pytest.mark.parametrize(("lowest", "expected"), [(0.1, 0.12), (0.6, 0.5)])
 def test_the_slices_gate_withholds_one_lesion_slice_in_twenty(monkeypatch, lowest: float, expected: float) -> None:
     """21 slices with a lesion, the presence 0.02 apart: the second lowest is the 5 % quantile. Others do not count."""
