@@ -33,11 +33,7 @@ LARGE_ML = 1.0  # from here on, a lesion should be found
 
 def scanner(seed: int) -> Scanner:
     """A clinical scanner; slices of 2.5 mm at least, so that twenty scans take minutes and not an hour."""
-    rng = np.random.default_rng((PHANTOM_VERSION, seed, 5))
-    drawn = Scanner.random(rng)
-    while drawn.spacing_mm[0] < 2.5:
-        drawn = Scanner.random(rng)
-    return drawn
+    return Scanner.random(np.random.default_rng((PHANTOM_VERSION, seed, 5)), thinnest_mm=2.5)
 
 
 def judge(pipeline: Recorder, seed: int, healthy: bool, folder: Path) -> dict[str, Any]:
@@ -64,11 +60,14 @@ def judge(pipeline: Recorder, seed: int, healthy: bool, folder: Path) -> dict[st
 
 
 def summary(cases: list[dict[str, Any]]) -> dict[str, Any]:
-    diseased = [case for case in cases if not case["healthy"]]
     names = cases[0]["dice"]
+
+    def mean_dice(of: list[dict[str, Any]]) -> dict[str, float | None]:
+        return {name: round(float(np.mean([c["dice"][name] for c in of])), 4) if of else None for name in names}
+
     return {
-        "mean_dice": {name: round(float(np.mean([c["dice"][name] for c in cases])), 4) for name in names},
-        "mean_dice_diseased": {name: round(float(np.mean([c["dice"][name] for c in diseased])), 4) for name in names},
+        "mean_dice": mean_dice(cases),
+        "mean_dice_diseased": mean_dice([case for case in cases if not case["healthy"]]),
         "healthy_with_false_positive": {
             name: sum(case["healthy"] and case["dice"][name] == 0 for case in cases) for name in names
         },

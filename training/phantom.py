@@ -66,8 +66,18 @@ class Scanner:
         return z, y, x
 
     @classmethod
-    def random(cls, rng: np.random.Generator) -> Scanner:
-        """A clinical scan: 512×512 over 300 to 450 mm, slices of 1 to 5 mm, 150 to 400 mm of the trunk."""
+    def random(cls, rng: np.random.Generator, thinnest_mm: float = 0.0) -> Scanner:
+        """A clinical scan: 512×512 over 300 to 450 mm, slices of 1 to 5 mm, 150 to 400 mm of the trunk.
+
+        Drawn again while its slices are thinner than `thinnest_mm`.
+        """
+        drawn = cls._random(rng)
+        while drawn.spacing_mm[0] < thinnest_mm:
+            drawn = cls._random(rng)
+        return drawn
+
+    @classmethod
+    def _random(cls, rng: np.random.Generator) -> Scanner:
         field = rng.uniform(307, 450)
         thick = float(rng.choice((1.0, 1.25, 1.5, 2.0, 2.5, 3.0, 3.75, 5.0)))
         side = 512 if rng.random() < 0.85 or field > 430 else int(field / rng.uniform(0.8, 0.98))
@@ -134,7 +144,12 @@ def is_healthy(seed: int, share: float = HEALTHY_SHARE) -> bool:
 
 
 def make_phantom(
-    seed: int, *, healthy: bool | None = None, scanner: Scanner | None = None, chest: bool = False
+    seed: int,
+    *,
+    healthy: bool | None = None,
+    scanner: Scanner | None = None,
+    chest: bool = False,
+    thinnest_mm: float = 0.0,
 ) -> Phantom:
     """The phantom of `seed`; `healthy` and `scanner` are drawn where not given. chest: drawn up to the neck.
 
@@ -142,7 +157,7 @@ def make_phantom(
     """
     scan_rng, scene_rng, noise_rng = (np.random.default_rng((PHANTOM_VERSION, seed, k)) for k in range(3))
     healthy = is_healthy(seed) if healthy is None else healthy
-    scanner = Scanner.random(scan_rng) if scanner is None else scanner
+    scanner = Scanner.random(scan_rng, thinnest_mm) if scanner is None else scanner
     patient = anatomy.draw_patient(scene_rng, 0.97 * scanner.field_mm[2])
     top = _draw_top(scene_rng, scanner)
     shift = scene_rng.normal(0, 4, 2)
@@ -244,6 +259,7 @@ class Settings:
     chest_share: float = 0.0  # of the scans are of the chest, up to the neck
     partial_share: float = 0.0  # of the diseased scans: only the lesions of one site are annotated
     network_grid: bool = False  # 256×256 scans as the networks see them, at a fifth of the time and space
+    thinnest_mm: float = 0.0  # without it: slices are at least so thick
 
 
 def _write_case(seed: int, settings: Settings) -> Entry:
@@ -252,9 +268,9 @@ def _write_case(seed: int, settings: Settings) -> Entry:
     scanner = Scanner.training(rng) if settings.network_grid else None
     chest = settings.chest_share > 0 and rng.random() < settings.chest_share  # without chests, no draw: seeds stay true
     if chest:
-        scanner = (scanner or Scanner.random(rng)).of_chest(rng)
+        scanner = (scanner or Scanner.random(rng, settings.thinnest_mm)).of_chest(rng)
     healthy = is_healthy(seed, settings.healthy_share)
-    phantom = make_phantom(seed, healthy=healthy, scanner=scanner, chest=chest)
+    phantom = make_phantom(seed, healthy=healthy, scanner=scanner, chest=chest, thinnest_mm=settings.thinnest_mm)
     name = f"phantom_{seed:06d}"
     write_flare(phantom, settings.out, name)
     scan, label = (settings.out / f"{place}.nii.gz" for place in (f"imagesTr/{name}_0000", f"labelsTr/{name}"))

@@ -174,6 +174,17 @@ def test_drawn_scanners_are_clinical() -> None:
     assert Scanner.demo().shape == (100, 512, 512)
 
 
+def test_thin_slices_can_be_left_out(tmp_path: Path) -> None:
+    rng = np.random.default_rng(3)
+    drawn = [Scanner.random(rng) for _ in range(40)]
+    thick = [scanner for scanner in drawn if scanner.spacing_mm[0] >= 2.5]
+    assert drawn[0] not in thick
+    assert Scanner.random(np.random.default_rng(3), thinnest_mm=2.5) == thick[0]
+    main(Settings(tmp_path, 1, seed=2, healthy_share=1.0, thinnest_mm=5.0))
+    (scan,) = (tmp_path / "imagesTr").iterdir()
+    assert nib.load(scan).header.get_zooms()[2] == 5
+
+
 def test_flare_files(tmp_path: Path, diseased: list[Phantom]) -> None:
     phantom = diseased[0]
     write_flare(phantom, tmp_path, "case")

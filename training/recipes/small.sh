@@ -12,16 +12,16 @@ run="python -m training"
 # glibc gives memory back after every step and faults it in again, page by page: a fifth of the time
 export MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=20000000000 MALLOC_TOP_PAD_=500000000 GLIBC_TUNABLES=glibc.malloc.hugetlb=1
 
-# Patients to learn from, as the networks see them, others for each round, and others to choose the thresholds on.
+# Patients to learn from, as the networks see them, others for each round, and others to choose the thresholds on, as clinics scan them.
 phantoms() {
     folder=$1 count=$2 seed=$3
     shift 3
-    [ -e "$work/$folder/cases.csv" ] || $run phantoms --out "$work/$folder" --count "$count" --seed "$seed" --network-grid --jobs 2 "$@"
+    [ -e "$work/$folder/cases.csv" ] || $run phantoms --out "$work/$folder" --count "$count" --seed "$seed" --jobs 2 "$@"
 }
-phantoms phantoms_1 743 1000
-phantoms phantoms_2 480 4000
-phantoms phantoms_3 540 5000
-phantoms phantoms_held_out 64 2000 --healthy-share 0.5
+phantoms phantoms_1 743 1000 --network-grid
+phantoms phantoms_2 480 4000 --network-grid
+phantoms phantoms_3 540 5000 --network-grid
+phantoms phantoms_held_out 100 2200 --healthy-share 0.5 --thinnest-mm 2.5
 [ -e "$work/real/abdomen/cases.csv" ] || python "$(dirname "$0")/real.py" "$data" "$work/real"
 
 # Many steps on small patches teach what a lesion is; batch norm lets larger ones finish the work.
