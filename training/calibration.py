@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Hashable, Iterable
 from dataclasses import asdict, dataclass, field, replace
-from functools import cache, partial
+from functools import cache, partial, reduce
 from pathlib import Path
 from typing import Any
 
@@ -203,6 +203,13 @@ def improve(network: str, chosen: Operating, judged: Callable[[Operating], float
     return best, chosen
 
 
+def starting_points(network: str, first: Operating) -> list[Operating]:
+    """`first` with each of `STARTS` for the network's voxels, where these are searched."""
+    voxels = [name for name in ("voxel", "unet_voxel") if name in SEARCHED[network]]
+    points = (reduce(lambda point, name: point.change(name, start), voxels, first) for start in STARTS)
+    return list(dict.fromkeys(points))
+
+
 def calibrate(cases: list[Predicted], network: str, first: Operating | None = None) -> tuple[Operating, float]:
     """Twice over from each start by Dice, then from the best of these once more by Dice and NSD.
 
@@ -214,11 +221,9 @@ def calibrate(cases: list[Predicted], network: str, first: Operating | None = No
         cache(partial(judge, cases, network=network, measure=measure))
         for measure in (Predicted.dice, Predicted.dice_and_nsd)
     )
-    with tqdm(total=len(STARTS) * ROUNDS + 1, desc=f"{network} thresholds", unit="round") as bar:
-        for start in STARTS:
-            chosen = first or Operating()
-            for name in {"voxel", "unet_voxel"} & set(SEARCHED[network]):
-                chosen = chosen.change(name, start)
+    starts = starting_points(network, first or Operating())
+    with tqdm(total=len(starts) * ROUNDS + 1, desc=f"{network} thresholds", unit="round") as bar:
+        for chosen in starts:
             for _ in range(ROUNDS):
                 best, chosen = improve(network, chosen, by_dice)
                 bar.update()
@@ -237,8 +242,9 @@ def calibrate_all(cases: list[Predicted], gate: Gate) -> dict[str, tuple[Operati
     found = {network: calibrate(cases, network, Operating(gate)) for network in ("hybrid", "unet")}
     (hybrid, _), (unet, _) = found["hybrid"], found["unet"]
     both = Operating(hybrid.gate, replace(unet.fusion, sure_hybrid=hybrid.fusion.sure_hybrid))
-    agreed = replace(both.fusion, both_hybrid=max(BOTH), both_unet=max(BOTH))  # which makes the scan's gate needless
-    starts = (both, Operating(replace(hybrid.gate, scan_threshold=0.0), agreed))
+    surest = {"both_hybrid": max(BOTH), "both_unet": max(BOTH), "sure_hybrid": max(SURE), "sure_unet": max(SURE)}
+    agreed = Operating(replace(hybrid.gate, scan_threshold=0.0), replace(both.fusion, **surest))
+    starts = (both, agreed)  # one network's word in scans with a high score, or both networks' in any scan
     fused = max((calibrate(cases, "fused", start) for start in starts), key=lambda pair: pair[1])
     return {**found, "fused": fused}
 

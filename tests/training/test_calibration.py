@@ -10,8 +10,19 @@ import numpy as np
 import pytest
 
 from inference.hybrid.predict import SlicePredictions
+from inference.weights import Gate
 from training import calibration
-from training.calibration import CHOICES, SEARCHED, Operating, Predicted, calibrate, choose_slice_gate, judge, predict
+from training.calibration import (
+    CHOICES,
+    SEARCHED,
+    Operating,
+    Predicted,
+    calibrate,
+    calibrate_all,
+    choose_slice_gate,
+    judge,
+    predict,
+)
 from training.data import Case, Entry
 
 
@@ -91,6 +102,19 @@ def test_calibration_finds_what_separates(network: str) -> None:
         assert 0.58 < operating.fusion.unet_voxel <= 0.97 or 0.58 < operating.fusion.sure_unet <= 0.97
     else:
         assert 0.6 < operating.gate.scan_threshold <= 0.9
+
+
+def test_fusion_finds_that_only_agreement_separates() -> None:
+    """Two healthy scans, in each of which one network is surer of something than of the lesion that both see."""
+    lump = np.zeros((3, 6, 6), np.float32)
+    lump[1, 2:4, 2:4] = 1
+    sick = Predicted(lump.astype(np.uint8), (10.0,) * 3, np.float32(0.9996) * lump, np.float32(0.9996) * lump, 0.7)
+    healthy = replace(sick, label=0 * sick.label)
+    only_unet = replace(healthy, hybrid=0 * lump, unet=np.float32(0.99996) * lump)
+    only_hybrid = replace(healthy, hybrid=np.float32(0.9999) * lump, unet=np.float32(0.2) * lump)
+    told = calibrate_all([sick, only_unet, only_hybrid], Gate(0.5))
+    assert told["fused"][1] == pytest.approx(1)
+    assert max(told["hybrid"][1], told["unet"][1]) < 0.9
 
 
 def test_dice_and_nsd_by_hand() -> None:
