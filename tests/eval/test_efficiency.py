@@ -10,6 +10,7 @@ import shlex
 import signal
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -180,6 +181,15 @@ def test_a_command_that_hangs_is_killed_with_its_children(tmp_path: Path, capsys
     assert_all_gone(int((tmp_path / "group").read_text()))
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """SIGINT raises KeyboardInterrupt; a shell's background job, as which the tests may run, would ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_an_interrupt_ends_what_was_started(tmp_path: Path) -> None:
     work, scans = tmp_path / "work", write_scans(tmp_path / "inputs", "a")
     work.mkdir()
