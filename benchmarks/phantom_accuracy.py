@@ -3,12 +3,14 @@
     python -m benchmarks.phantom_accuracy --out benchmarks/results/phantoms.json
 
 Twenty clinical scans, the first five healthy; Dice as FLARE grades it (both empty 1, exactly one empty 0). A lesion
-is found where the mask touches it.
+is found where the mask touches it. Every scan is written down when it is judged: the same weights and `--out` again,
+with other seeds or after an interruption, judge those that are not there yet, and sum up all.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import platform
 import tempfile
@@ -23,6 +25,7 @@ from tqdm import tqdm
 from benchmarks.networks import Recorder
 from eval.lesions import detect
 from inference.pipeline import voxel_volume_ml
+from inference.weights import MANIFEST
 from training.losses import dice
 from training.phantom import PHANTOM_VERSION, Scanner, make_phantom, write_flare
 
@@ -76,6 +79,34 @@ def summary(cases: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
+def identity(weights: Path) -> dict[str, Any]:
+    """What results must share to be summed up: the phantoms, and the manifest, which has the networks' checksums."""
+    return {
+        "phantom_version": PHANTOM_VERSION,
+        "manifest": hashlib.sha256((weights / MANIFEST).read_bytes()).hexdigest(),
+    }
+
+
+def resume(path: Path, weights: Path) -> dict[str, Any]:
+    """What `path` holds of these weights: runs, and cases by their seeds. Other weights' results are an error."""
+    told = json.loads(path.read_text()) if path.exists() else {}
+    wanted = identity(weights)
+    if told and {key: told.get(key) for key in wanted} != wanted:
+        raise SystemExit(f"{path} is of other weights or phantoms: name another --out, or remove it")
+    return {**wanted, "runs": told.get("runs", []), "cases": {case["seed"]: case for case in told.get("cases", [])}}
+
+
+def write(told: dict[str, Any], path: Path) -> dict[str, Any]:
+    """The results as they lie on disk then, but for the cases; the file is whole at any moment."""
+    cases = [told["cases"][seed] for seed in sorted(told["cases"])]
+    result = {**told, **summary(cases), "cases": cases}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(json.dumps(result, indent=1) + "\n")
+    temporary.replace(path)
+    return {key: value for key, value in result.items() if key != "cases"}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.phantom_accuracy")
     parser.add_argument("--weights", default="small", help="name under weights/, or a folder")
@@ -85,23 +116,22 @@ def main() -> None:
     parser.add_argument("--healthy", type=int, default=HEALTHY, help="of them, the first so many")
     options = parser.parse_args()
     pipeline = Recorder(options.weights)
+    told = resume(options.out, pipeline.manifest.folder)
+    command = f"--first-seed {options.first_seed} --count {options.count} --healthy {options.healthy}"
+    told["runs"].append(
+        {
+            "date": datetime.now(UTC).date().isoformat(),
+            "command": f"python -m benchmarks.phantom_accuracy {command}",
+            "machine": f"{platform.machine()}, CPU",
+        }
+    )
     with tempfile.TemporaryDirectory() as folder:
-        cases = [
-            judge(pipeline, options.first_seed + i, i < options.healthy, Path(folder))
-            for i in tqdm(range(options.count), unit="scan")
-        ]
-    result = {
-        "date": datetime.now(UTC).date().isoformat(),
-        "command": f"python -m benchmarks.phantom_accuracy --first-seed {options.first_seed} --count {options.count} "
-        f"--healthy {options.healthy}",
-        "machine": f"{platform.machine()}, CPU",
-        "phantom_version": PHANTOM_VERSION,
-        **summary(cases),
-        "cases": cases,
-    }
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps({key: value for key, value in result.items() if key != "cases"}, indent=1))
+        for i in tqdm(range(options.count), unit="scan"):
+            seed = options.first_seed + i
+            if seed not in told["cases"]:
+                told["cases"][seed] = judge(pipeline, seed, i < options.healthy, Path(folder))
+                write(told, options.out)
+    print(json.dumps(write(told, options.out), indent=1))
 
 
 if __name__ == "__main__":

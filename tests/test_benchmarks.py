@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import nibabel as nib
@@ -67,6 +68,44 @@ def test_phantoms_are_judged_by_network(random_weights: Path, tmp_path: Path) ->
         assert mean == pytest.approx((cases[0]["dice"][network] + cases[1]["dice"][network]) / 2, abs=1e-4)
         assert told["mean_dice_diseased"][network] == cases[1]["dice"][network]
         assert told["healthy_with_false_positive"][network] == 1 - cases[0]["dice"][network]
+
+
+def test_phantoms_that_were_judged_are_not_judged_again(random_weights: Path, tmp_path: Path, monkeypatch) -> None:
+    """Two runs into one file, overlapping, the second broken off and done again; then other weights."""
+    judged = []
+
+    def judge(pipeline: Recorder, seed: int, healthy: bool, folder: Path) -> dict:
+        if seed == 3904 and 3904 not in judged:
+            judged.append(seed)
+            raise KeyboardInterrupt
+        judged.append(seed)
+        said = {"fused": 1.0 if healthy else 0.5}
+        return {"seed": seed, "healthy": healthy, "dice": said, "large": 1, "large_found": {"fused": 1}}
+
+    monkeypatch.setattr(phantom_accuracy, "judge", judge)
+    out, weights = tmp_path / "phantoms.json", tmp_path / "weights"
+    shutil.copytree(random_weights, weights)
+
+    def run(first: int, count: int, healthy: int) -> dict:
+        options = {"--weights": weights, "--out": out, "--first-seed": first, "--count": count, "--healthy": healthy}
+        words = [str(word) for option in options.items() for word in option]
+        monkeypatch.setattr("sys.argv", ["phantom_accuracy", *words])
+        phantom_accuracy.main()
+        return json.loads(out.read_text())
+
+    assert run(3901, 2, 2)["mean_dice"] == {"fused": 1}
+    with pytest.raises(KeyboardInterrupt):
+        run(3902, 4, 1)
+    assert [case["seed"] for case in json.loads(out.read_text())["cases"]] == [3901, 3902, 3903]
+    told = run(3902, 4, 1)
+    assert judged == [3901, 3902, 3903, 3904, 3904, 3905]
+    assert [case["seed"] for case in told["cases"]] == [3901, 3902, 3903, 3904, 3905]
+    assert (told["mean_dice"], told["large_lesions"]) == ({"fused": 0.7}, 5)
+    assert len(told["runs"]) == 3
+    manifest = weights / "manifest.json"
+    manifest.write_text(manifest.read_text() + "\n")
+    with pytest.raises(SystemExit, match=r"other weights.*another --out"):
+        run(3901, 1, 1)
 
 
 def test_real_scans_are_judged_by_network(random_weights: Path, tmp_path: Path) -> None:

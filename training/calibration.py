@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.sparse import csr_array
 from tqdm import tqdm
 
 from eval.surface import surface_dice
@@ -89,15 +90,15 @@ class Operating:
 
 @dataclass(frozen=True)
 class Predicted:
-    """What both networks say of a case, before any threshold: its score, and probabilities (z, y, x) on its grid.
+    """What both networks say of a case, before any threshold: its score, and their probabilities on its grid.
 
-    Cut to the box that holds the label and all that could be called a lesion. source: its FLARE folder.
+    All cut to the box that holds the label (z, y, x) and all that could be called a lesion. source: its FLARE folder.
     """
 
     label: NDArray[np.uint8]
     spacing_mm: tuple[float, float, float]
-    hybrid: NDArray[np.float32]
-    unet: NDArray[np.float32]
+    hybrid: SliceSource
+    unet: SliceSource
     score: float
     source: Path = Path()
     _evidence: dict[Hashable, Evidence | None] = field(default_factory=dict, init=False, repr=False)
@@ -123,7 +124,7 @@ class Predicted:
         return self._measured[asked]
 
     def _speaking(self, operating: Operating, network: str) -> tuple[SliceSource | None, SliceSource | None]:
-        return operating.speaking(network, slices_of(self.hybrid), slices_of(self.unet), self.score)
+        return operating.speaking(network, self.hybrid, self.unet, self.score)
 
     def dice(self, operating: Operating, network: str) -> float:
         return dice(self.mask(operating, network), self.label)
@@ -140,8 +141,10 @@ class Predicted:
 Measure = Callable[[Predicted, Operating, str], float]
 
 
-def slices_of(probability: NDArray[np.float32]) -> SliceSource:
-    return lambda z: probability[z]
+def sparse(volume: NDArray[np.float32]) -> SliceSource:
+    """z → volume[z] (y, x), of a volume (z, y, x) that is mostly 0: what is not takes 8 bytes a voxel, 0 nothing."""
+    rows, plane = csr_array(volume.reshape(len(volume), -1)), volume.shape[1:]
+    return lambda z: rows[z : z + 1].toarray().reshape(plane)
 
 
 def predict(pipeline: Pipeline, case: Case) -> Predicted:
@@ -151,11 +154,11 @@ def predict(pipeline: Pipeline, case: Case) -> Predicted:
         np.stack([source(z) for z in range(len(case.hu))])
         for source in (source, pipeline.predict_unet(case.hu, case.spacing_mm))
     )
-    # no threshold lets a voxel outside this box into a mask, so the search need not look there
-    anywhere = (case.label > 0) | (hybrid >= min(VOXEL)) | (unet >= min(VOXEL))
-    box = bounding_box(anywhere) or (slice(0, 1),) * 3
-    said = (hybrid[box].copy(), unet[box].copy(), score)
-    return Predicted(case.label[box], case.spacing_mm, *said, case.entry.source)
+    # no threshold lets another voxel into a mask, so the search need not know what is said of it
+    anywhere = (hybrid >= min(VOXEL)) | (unet >= min(VOXEL))
+    box = bounding_box(anywhere | (case.label > 0)) or (slice(0, 1),) * 3
+    said = (sparse(np.where(anywhere, of, np.float32(0))[box]) for of in (hybrid, unet))
+    return Predicted(case.label[box].copy(), case.spacing_mm, *said, score, case.entry.source)
 
 
 def choose_slice_gate(pipeline: Pipeline, cases: Iterable[Case]) -> Gate:
