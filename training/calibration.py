@@ -157,8 +157,8 @@ def predict(pipeline: Pipeline, case: Case) -> Predicted:
     # no threshold lets another voxel into a mask, so the search need not know what is said of it
     anywhere = (hybrid >= min(VOXEL)) | (unet >= min(VOXEL))
     box = bounding_box(anywhere | (case.label > 0)) or (slice(0, 1),) * 3
-    said = (sparse(np.where(anywhere, of, np.float32(0))[box]) for of in (hybrid, unet))
-    return Predicted(case.label[box].copy(), case.spacing_mm, *said, score, case.entry.source)
+    by_hybrid, by_unet = (sparse(np.where(anywhere, of, np.float32(0))[box]) for of in (hybrid, unet))
+    return Predicted(case.label[box].copy(), case.spacing_mm, by_hybrid, by_unet, score, case.entry.source)
 
 
 def choose_slice_gate(pipeline: Pipeline, cases: Iterable[Case]) -> Gate:
