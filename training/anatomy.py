@@ -11,8 +11,9 @@ from enum import IntEnum
 
 import numpy as np
 
+from training.grid import Array
 from training.scene import Material, Part
-from training.shapes import Array, Column, Cut, Ellipsoid, Shape, Sheet, SmoothField, Tube, Vector, Wobble
+from training.shapes import Column, Cut, Ellipsoid, Shape, Sheet, SmoothField, Tube, Vector, Wobble
 
 
 class Organ(IntEnum):

@@ -18,9 +18,10 @@ from tqdm import tqdm
 
 from inference.fusion import bounding_box
 from training.data import Annotated, Case, Entry, load_case, read_folder, write_rows
+from training.grid import Grid
 from training.lesions import VOLUME_ML, Lesion, draw_volume, lesion_shape, radius_of
 from training.phantom import write_nifti
-from training.shapes import Axes, span
+from training.shapes import span
 
 SOFT_HU = (-20.0, 140.0)  # of tissue in which lesions are drawn
 LUNG_HU = (-970.0, -650.0)
@@ -136,9 +137,10 @@ def _draw(
     spacing_mm: tuple[float, float, float],
 ) -> None:
     """Blend a lesion over `hu` and `label`, in place."""
-    axes: Axes = tuple(  # type: ignore[assignment]
+    z, y, x = (
         (np.arange(n, dtype=np.float32) * s).astype(np.float32) for n, s in zip(hu.shape, spacing_mm, strict=True)
     )
+    grid = Grid((z, y, x))
     base = float(smooth[tuple(centre)])
     contrast = rng.uniform(15, 60) * rng.choice((-1, 1), p=(0.7, 0.3))
     target = base + contrast if base > SOFT_HU[0] else rng.uniform(0, 70)
@@ -146,8 +148,8 @@ def _draw(
     shape = lesion_shape(rng, Lesion("real", at_mm, volume_ml, target))  # type: ignore[arg-type]
     width = max(spacing_mm[1], float(rng.uniform(1.0, 5.0)))
     low, high = shape.bounds_mm
-    box = span(axes, np.asarray(low) - width, np.asarray(high) + width)
-    distance = shape.distance((axes[0][box[0]], axes[1][box[1]], axes[2][box[2]]))
+    box = span(grid.axes, np.asarray(low) - width, np.asarray(high) + width)
+    distance = shape.distance(grid.part(box))
     alpha = np.clip(0.5 - distance / width, 0, 1)
     texture = hu[box] - smooth[box]
     limit = np.percentile(np.abs(texture), 75)  # edges and vessels of what lay there must not show through

@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 
 from training.anatomy import Organ, Patient
+from training.grid import Array, Axes, Grid
 from training.scene import Canvas, Material, Part
-from training.shapes import Array, Axes, Blend, Ellipsoid, Shape, SmoothField, Wobble, rotation
+from training.shapes import Blend, Ellipsoid, Shape, SmoothField, Wobble, rotation
 
 VOLUME_ML = (0.1, 200.0)
 
@@ -191,9 +192,9 @@ def lesion_shape(rng: np.random.Generator, lesion: Lesion) -> Shape:
 
 def _volume_ml(shape: Shape, samples: int = 36) -> float:
     low, high = shape.bounds_mm
-    axes = tuple(np.linspace(lo, hi, samples, dtype=np.float32) for lo, hi in zip(low, high, strict=True))
+    z, y, x = (np.linspace(lo, hi, samples, dtype=np.float32) for lo, hi in zip(low, high, strict=True))
     cell = np.prod([(hi - lo) / (samples - 1) for lo, hi in zip(low, high, strict=True)])
-    share = np.mean(shape.distance((axes[0], axes[1], axes[2])) < 0)
+    share = np.mean(shape.distance(Grid((z, y, x))) < 0)
     return float(share * samples**3 * cell / 1000)
 
 

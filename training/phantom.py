@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
@@ -23,9 +24,9 @@ from tqdm import tqdm
 from training import anatomy, skeleton, thorax, viscera
 from training.anatomy import Patient
 from training.data import Annotated, Entry, write_rows
+from training.grid import HOST, Array, Axes, Numpy, computer
 from training.lesions import SITE_CODE, Lesion, add_lesions
 from training.scene import Canvas, render
-from training.shapes import Array, Axes
 
 PHANTOM_VERSION = 2
 """Rises whenever the same seed gives another picture."""
@@ -150,10 +151,12 @@ def make_phantom(
     scanner: Scanner | None = None,
     chest: bool = False,
     thinnest_mm: float = 0.0,
+    on: Numpy = HOST,
 ) -> Phantom:
     """The phantom of `seed`; `healthy` and `scanner` are drawn where not given. chest: drawn up to the neck.
 
-    Patient and lesions depend on the seed and on the region scanned in mm, not on the voxels.
+    on: what paints the scan; lesions are placed, and noise is added, on the host, so that a seed means the same patient
+    and the same noise. Patient and lesions depend on the seed and on the region scanned in mm, not on the voxels.
     """
     scan_rng, scene_rng, noise_rng = (np.random.default_rng((PHANTOM_VERSION, seed, k)) for k in range(3))
     healthy = is_healthy(seed) if healthy is None else healthy
@@ -167,7 +170,8 @@ def make_phantom(
     if not healthy:
         region = _axes(scanner.field_mm, (MAP_MM,) * 3, top, shift)
         found = add_lesions(patient, render(patient.parts, region, 1.0, seed), chest)
-    canvas = render(patient.parts, _axes(scanner.field_mm, scanner.spacing_mm, top, shift), scanner.kernel_mm, seed)
+    axes = _axes(scanner.field_mm, scanner.spacing_mm, top, shift)
+    canvas = render(patient.parts, axes, scanner.kernel_mm, seed, on=on)
     hu = _scan(noise_rng, canvas, scanner, patient)
     labels = (canvas.lesions > 0).astype(np.uint8)
     return Phantom(hu, labels, canvas.organs, canvas.lesions, scanner.spacing_mm, healthy, found, patient.phase, seed)
@@ -260,6 +264,7 @@ class Settings:
     partial_share: float = 0.0  # of the diseased scans: only the lesions of one site are annotated
     network_grid: bool = False  # 256×256 scans as the networks see them, at a fifth of the time and space
     thinnest_mm: float = 0.0  # without it: slices are at least so thick
+    device: str = "cpu"  # what paints: "cpu", one core a job, or "cuda" or "cuda:N", by torch
 
 
 def _write_case(seed: int, settings: Settings) -> Entry:
@@ -270,7 +275,14 @@ def _write_case(seed: int, settings: Settings) -> Entry:
     if chest:
         scanner = (scanner or Scanner.random(rng, settings.thinnest_mm)).of_chest(rng)
     healthy = is_healthy(seed, settings.healthy_share)
-    phantom = make_phantom(seed, healthy=healthy, scanner=scanner, chest=chest, thinnest_mm=settings.thinnest_mm)
+    phantom = make_phantom(
+        seed,
+        healthy=healthy,
+        scanner=scanner,
+        chest=chest,
+        thinnest_mm=settings.thinnest_mm,
+        on=computer(settings.device),
+    )
     name = f"phantom_{seed:06d}"
     write_flare(phantom, settings.out, name)
     scan, label = (settings.out / f"{place}.nii.gz" for place in (f"imagesTr/{name}_0000", f"labelsTr/{name}"))
@@ -287,12 +299,15 @@ def main(settings: Settings) -> None:
 
     labelsTr is what annotators left, completeTr all lesions, organsTr the organ of every voxel.
     """
+    computer(settings.device)
     settings.out.mkdir(parents=True, exist_ok=True)
     work = partial(_write_case, settings=settings)
     seeds = range(settings.seed, settings.seed + settings.count)
     bar: dict[str, Any] = {"total": settings.count, "unit": "scan"}
     if settings.jobs > 1:
-        with ProcessPoolExecutor(settings.jobs) as pool:
+        # a process that was forked cannot use a device that its parent has touched
+        start = multiprocessing.get_context("fork" if settings.device == "cpu" else "spawn")
+        with ProcessPoolExecutor(settings.jobs, start) as pool:
             entries = list(tqdm(pool.map(work, seeds), **bar))
     else:
         entries = list(tqdm(map(work, seeds), **bar))

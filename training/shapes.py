@@ -1,4 +1,4 @@
-"""Shapes in millimetres: each answers with its signed distance, negative inside, on any voxel grid.
+"""Shapes in millimetres: each answers with its signed distance, negative inside, on any voxel grid (`grid.py`).
 
 Axis order is (z, y, x) everywhere: z feet to head, y anterior to posterior, x right to left.
 """
@@ -11,10 +11,9 @@ from typing import Protocol
 
 import numpy as np
 
-Array = np.ndarray
+from training.grid import FLOAT, Array, Axes, Grid, Numpy, Volume
+
 Vector = Sequence[float] | Array
-Axes = tuple[Array, Array, Array]
-"""Voxel centres in mm along z, y and x: three 1-D float32 arrays."""
 Bounds = tuple[Array, Array]
 """Lowest and highest corner (z, y, x) in mm."""
 
@@ -36,14 +35,15 @@ class SmoothField:
         # 0.479 is the mean of the summed squared B-spline weights along one axis.
         self.knots = rng.standard_normal((size,) * 3).astype(np.float32) / 0.479**1.5
 
-    def sample(self, axes: Axes) -> Array:
-        """Values at the grid of `axes`: float32 (z, y, x)."""
-        values = self.knots
-        for k in range(3):
-            values = self._along(values, k, (axes[k] - self.origin_mm[k]) / self.step_mm + self.offset[k])
+    def sample(self, grid: Grid) -> Volume:
+        """Values at the voxels: float32 (z, y, x)."""
+        values = grid.on.put(self.knots)
+        for k, axis in enumerate(grid.axes):
+            position = (axis - self.origin_mm[k]) / self.step_mm + self.offset[k]
+            values = self._along(values, k, position, grid.on)
         return values
 
-    def _along(self, values: Array, axis: int, position: Array) -> Array:
+    def _along(self, values: Volume, axis: int, position: Array, on: Numpy) -> Volume:
         # Four taps, not a matrix product: BLAS starts threads, which stall where many phantoms are made at once.
         cell = np.floor(position).astype(int)
         t = position - cell
@@ -51,7 +51,7 @@ class SmoothField:
         shape = [1, 1, 1]
         shape[axis] = -1
         taps = (
-            np.take(values, (cell + k) % self.size, axis) * (weight / 6).astype(np.float32).reshape(shape)
+            on.take(values, (cell + k) % self.size, axis) * on.put((weight / 6).astype(np.float32).reshape(shape))
             for k, weight in enumerate(weights)
         )
         out = next(taps)
@@ -66,14 +66,9 @@ class Shape(Protocol):
     @property
     def bounds_mm(self) -> Bounds: ...
 
-    def distance(self, axes: Axes) -> Array:
+    def distance(self, grid: Grid) -> Volume:
         """Signed distance in mm, negative inside, float32 (z, y, x)."""
         ...
-
-
-def _open(axes: Axes, centre: Vector) -> Axes:
-    z, y, x = (a - np.float32(c) for a, c in zip(axes, centre, strict=True))
-    return z[:, None, None], y[None, :, None], x[None, None, :]
 
 
 def span(axes: Axes, low: Array, high: Array) -> tuple[slice, slice, slice]:
@@ -111,16 +106,17 @@ class Ellipsoid:
         reach = np.asarray(self.radii, float) if self.turn is None else np.full(3, max(self.radii))
         return np.asarray(self.centre) - reach, np.asarray(self.centre) + reach
 
-    def distance(self, axes: Axes) -> Array:
-        p: Sequence[Array] = _open(axes, self.centre)
+    def distance(self, grid: Grid) -> Volume:
+        on = grid.on
+        p: Sequence[Volume] = grid.open(self.centre)
         if self.turn is not None:
-            rows = self.turn.astype(np.float32)
+            rows = [[on.number(value) for value in row] for row in self.turn]
             p = [r[0] * p[0] + r[1] * p[1] + r[2] * p[2] for r in rows]
-        unit = [a / np.float32(r) for a, r in zip(p, self.radii, strict=True)]
-        k0 = np.sqrt(unit[0] ** 2 + unit[1] ** 2 + unit[2] ** 2)
-        steep = [u / np.float32(r) for u, r in zip(unit, self.radii, strict=True)]
-        k1 = np.sqrt(steep[0] ** 2 + steep[1] ** 2 + steep[2] ** 2)
-        return k0 * (k0 - 1) / np.maximum(k1, np.float32(1e-6))
+        unit = [a / on.number(r) for a, r in zip(p, self.radii, strict=True)]
+        k0 = on.sqrt(unit[0] ** 2 + unit[1] ** 2 + unit[2] ** 2)
+        steep = [u / on.number(r) for u, r in zip(unit, self.radii, strict=True)]
+        k1 = on.sqrt(steep[0] ** 2 + steep[1] ** 2 + steep[2] ** 2)
+        return k0 * (k0 - 1) / on.clip(k1, 1e-6, None)
 
 
 @dataclass(frozen=True)
@@ -143,21 +139,23 @@ class Column:
         low = [min(self.z), (cy - ay).min(), (cx - ax).min()]
         return np.array(low), np.array([max(self.z), (cy + ay).max(), (cx + ax).max()])
 
-    def _knots(self, values: Vector, z: Array) -> Array:
-        return np.interp(z, self.z, values).astype(np.float32)[:, None, None]
-
-    def distance(self, axes: Axes) -> Array:
-        cy, cx, ay, ax = (self._knots(v, axes[0]) for v in (self.cy, self.cx, self.ay, self.ax))
-        u2 = ((axes[1][None, :, None] - cy) / ay) ** 2
-        v2 = ((axes[2][None, None, :] - cx) / ax) ** 2
+    def distance(self, grid: Grid) -> Volume:
+        on, z = grid.on, grid.axes[0]
+        cy, cx, ay, ax = (
+            on.put(np.interp(z, self.z, values).astype(np.float32)[:, None, None])
+            for values in (self.cy, self.cx, self.ay, self.ax)
+        )
+        _, y, x = grid.open()
+        u2 = ((y - cy) / ay) ** 2
+        v2 = ((x - cx) / ax) ** 2
         q = u2 + v2
-        steep = np.sqrt(u2 / ay**2 + v2 / ax**2)
+        steep = on.sqrt(u2 / ay**2 + v2 / ax**2)
         if self.square:
-            q -= np.float32(self.square) * np.minimum(u2, 1.7) * np.minimum(v2, 1.7)
-        k0 = np.sqrt(np.maximum(q, 0))
-        d = k0 * (k0 - 1) / np.maximum(steep, np.float32(1e-6))
-        ends = np.maximum(min(self.z) - axes[0], axes[0] - max(self.z))[:, None, None]
-        return np.maximum(d, ends)
+            q -= on.number(self.square) * on.clip(u2, None, 1.7) * on.clip(v2, None, 1.7)
+        k0 = on.sqrt(on.clip(q, 0, None))
+        d = k0 * (k0 - 1) / on.clip(steep, 1e-6, None)
+        ends = np.maximum(min(self.z) - z, z - max(self.z))
+        return on.maximum(d, on.put(ends[:, None, None]))
 
 
 @dataclass(frozen=True)
@@ -182,8 +180,9 @@ class Tube:
         low = np.minimum(self.starts, self.ends) - r
         return low.min(0), (np.maximum(self.starts, self.ends) + r).max(0)
 
-    def distance(self, axes: Axes) -> Array:
-        out = np.full([len(a) for a in axes], FAR_MM, np.float32)
+    def distance(self, grid: Grid) -> Volume:
+        axes, on = grid.axes, grid.on
+        out = on.full(grid.shape, FAR_MM, FLOAT)
         pad = 4 + 1.5 * max(float(a[1] - a[0]) if len(a) > 1 else 0.0 for a in axes)
         reach = np.maximum(self.start_radii, self.end_radii)[:, None] + pad
         low, high = np.minimum(self.starts, self.ends) - reach, np.maximum(self.starts, self.ends) + reach
@@ -191,20 +190,23 @@ class Tube:
         stop = np.stack([np.searchsorted(a, high[:, k], side="right") for k, a in enumerate(axes)], 1)
         for k in np.flatnonzero((stop > first).all(1)):
             z, y, x = (slice(i, j) for i, j in zip(first[k], stop[k], strict=True))
-            box = (axes[0][z], axes[1][y], axes[2][x])
-            part = _capsule(box, self.starts[k], self.ends[k], self.start_radii[k], self.end_radii[k])
-            np.minimum(out[z, y, x], part, out=out[z, y, x])
+            capsule = _capsule(
+                grid.part((z, y, x)), self.starts[k], self.ends[k], self.start_radii[k], self.end_radii[k]
+            )
+            out[z, y, x] = on.minimum(out[z, y, x], capsule)
         return out
 
 
-def _capsule(axes: Axes, a: Array, b: Array, ra: float, rb: float) -> Array:
-    z, y, x = _open(axes, a)
-    step = (b - a).astype(np.float32)
-    length2 = max(float(step @ step), 1e-6)
+def _capsule(grid: Grid, a: Array, b: Array, ra: float, rb: float) -> Volume:
+    on = grid.on
+    z, y, x = grid.open(a)
+    along = (b - a).astype(np.float32)
+    length2 = on.number(max(float(along @ along), 1e-6))
+    step = [on.number(value) for value in along]
     dot = z * step[0] + (y * step[1] + x * step[2])
-    t = np.clip(dot / np.float32(length2), 0, 1)
-    square = z**2 + (y**2 + x**2) + t * (t * np.float32(length2) - 2 * dot)
-    return np.sqrt(np.maximum(square, 0)) - (np.float32(ra) + t * np.float32(rb - ra))
+    t = on.clip(dot / length2, 0, 1)
+    square = z**2 + (y**2 + x**2) + t * (t * length2 - 2 * dot)
+    return on.sqrt(on.clip(square, 0, None)) - (on.number(ra) + t * on.number(rb - ra))
 
 
 @dataclass(frozen=True)
@@ -222,11 +224,13 @@ class Sheet:
         low = [-1e4, self.y - rise - self.half_thickness, -self.half_width]
         return np.array(low), np.array([1e4, self.y + self.half_thickness, self.half_width])
 
-    def distance(self, axes: Axes) -> Array:
-        y, x = axes[1][:, None], axes[2][None, :]
-        level = np.float32(self.y) - x**2 / np.float32(2 * self.radius_mm)
-        plane = np.maximum(np.abs(y - level) - np.float32(self.half_thickness), np.abs(x) - np.float32(self.half_width))
-        return np.repeat(plane[None].astype(np.float32), len(axes[0]), 0)
+    def distance(self, grid: Grid) -> Volume:
+        on = grid.on
+        _, y, x = grid.open()
+        level = on.number(self.y) - x**2 / on.number(2 * self.radius_mm)
+        beyond = on.abs(y - level) - on.number(self.half_thickness)
+        plane = on.maximum(beyond, on.abs(x) - on.number(self.half_width))
+        return plane + on.full((grid.shape[0], 1, 1), 0, FLOAT)
 
 
 @dataclass(frozen=True)
@@ -241,12 +245,13 @@ class Blend:
         low, high = zip(*(s.bounds_mm for s in self.shapes), strict=True)
         return np.min(low, 0) - self.round_mm / 4, np.max(high, 0) + self.round_mm / 4
 
-    def distance(self, axes: Axes) -> Array:
-        out = self.shapes[0].distance(axes)
+    def distance(self, grid: Grid) -> Volume:
+        on = grid.on
+        out = self.shapes[0].distance(grid)
         for shape in self.shapes[1:]:
-            other = shape.distance(axes)
-            near = np.maximum(self.round_mm - np.abs(out - other), 0)
-            out = np.minimum(out, other) - near**2 / np.float32(4 * self.round_mm)
+            other = shape.distance(grid)
+            near = on.clip(self.round_mm - on.abs(out - other), 0, None)
+            out = on.minimum(out, other) - near**2 / on.number(4 * self.round_mm)
         return out
 
 
@@ -262,11 +267,11 @@ class Cut:
     def bounds_mm(self) -> Bounds:
         return self.shape.bounds_mm
 
-    def distance(self, axes: Axes) -> Array:
-        d = self.shape.distance(axes)
+    def distance(self, grid: Grid) -> Volume:
+        d = self.shape.distance(grid)
         if self.keep is not None:
-            d = np.maximum(d, self.keep.distance(axes))
-        return d if self.away is None else np.maximum(d, -self.away.distance(axes))
+            d = grid.on.maximum(d, self.keep.distance(grid))
+        return d if self.away is None else grid.on.maximum(d, -self.away.distance(grid))
 
 
 @dataclass(frozen=True)
@@ -282,5 +287,5 @@ class Wobble:
         low, high = self.shape.bounds_mm
         return low - 2.5 * self.amplitude_mm, high + 2.5 * self.amplitude_mm
 
-    def distance(self, axes: Axes) -> Array:
-        return self.shape.distance(axes) + np.float32(self.amplitude_mm) * self.field.sample(axes)
+    def distance(self, grid: Grid) -> Volume:
+        return self.shape.distance(grid) + grid.on.number(self.amplitude_mm) * self.field.sample(grid)

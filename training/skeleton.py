@@ -7,8 +7,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from training.anatomy import DEPTH, WIDTH, Z_KNOTS, Organ, Patient, turn_about_z
+from training.grid import Array
 from training.scene import Material
-from training.shapes import Array, Column, Ellipsoid, Shape, Tube
+from training.shapes import Column, Ellipsoid, Shape, Tube
 
 VERTEBRAE_Z = (238, 214, 189, 163, 137, 110, 82, 52, 20, -14, -48, -83, -118)
 """Centres of T5 to L5."""

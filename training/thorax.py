@@ -10,8 +10,9 @@ from __future__ import annotations
 import numpy as np
 
 from training.anatomy import Organ, Patient, grow_tree, turn_about_z
+from training.grid import Array
 from training.scene import GAS_HU, Material
-from training.shapes import Array, Column, Cut, Ellipsoid, Tube, rotation
+from training.shapes import Column, Cut, Ellipsoid, Tube, rotation
 from training.skeleton import add_vertebra, bone_layers, rib
 
 Z_KNOTS = np.array([255.0, 300, 330, 360, 385, 410, 430, 480])

@@ -11,8 +11,9 @@ from itertools import pairwise
 import numpy as np
 
 from training.anatomy import Organ, Patient, dome, grow_tree
+from training.grid import Array
 from training.scene import Material
-from training.shapes import Array, Blend, Column, Cut, Ellipsoid, Tube, rotation
+from training.shapes import Blend, Column, Cut, Ellipsoid, Tube, rotation
 
 BELLY = (Organ.CAVITY,)
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from training.anatomy import Organ
+from training.grid import Grid
 from training.lesions import SITE_CODE, VOLUME_ML
 from training.phantom import Phantom, Scanner, Settings, is_healthy, main, make_phantom, noise_sd, write_flare
 from training.scene import Material, Part, render
@@ -145,8 +146,8 @@ def test_a_painted_ball_has_its_volume_and_soft_edges() -> None:
 def test_distances_are_in_mm() -> None:
     line = np.linspace(-30, 30, 61, dtype=np.float32)
     axes = (np.zeros(1, np.float32), np.zeros(1, np.float32), line)
-    ball = Ellipsoid((0, 0, 0), (5, 8, 10)).distance(axes)[0, 0]
-    tube = Tube.along([(-50, 0, 0), (50, 0, 0)], 10.0).distance(axes)[0, 0]
+    ball = Ellipsoid((0, 0, 0), (5, 8, 10)).distance(Grid(axes))[0, 0]
+    tube = Tube.along([(-50, 0, 0), (50, 0, 0)], 10.0).distance(Grid(axes))[0, 0]
     near = np.abs(np.abs(line) - 10) <= 3
     np.testing.assert_allclose(ball[near], np.abs(line[near]) - 10, atol=1e-3)
     np.testing.assert_allclose(tube[near], np.abs(line[near]) - 10, atol=1e-3)
@@ -155,8 +156,9 @@ def test_distances_are_in_mm() -> None:
 def test_smooth_field_is_the_same_on_every_grid() -> None:
     field = SmoothField(np.random.default_rng(0), step_mm=10.0)
     axis = np.arange(-60, 60, 1.0, dtype=np.float32)
-    fine = field.sample((axis, axis, axis))
-    np.testing.assert_allclose(field.sample((axis[::3], axis[::2], axis))[5, 7], fine[15, 14], atol=1e-5)
+    fine = field.sample(Grid((axis, axis, axis)))
+    coarse = field.sample(Grid((axis[::3], axis[::2], axis)))
+    np.testing.assert_allclose(coarse[5, 7], fine[15, 14], atol=1e-5)
     assert fine.std() == pytest.approx(1.0, rel=0.25)
 
 
