@@ -11,14 +11,16 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from benchmarks import nnunet, peers, phantom_accuracy, real_accuracy, reproducibility, scaling, soak, stacked
+from benchmarks import int8, nnunet, peers, phantom_accuracy, real_accuracy, reproducibility, scaling, soak, stacked
 from benchmarks.kills import write_scans
 from benchmarks.networks import FUSED, Recorder
 from benchmarks.real_accuracy import blind, ellipsoid, figures, summary
 from inference.hybrid.config import HybridConfig
 from inference.pipeline import Pipeline
+from inference.unet import UNet
 from inference.volume import read_volume, write_mask
-from training.phantom import make_phantom
+from inference.weights import read_manifest
+from training.phantom import Scanner, make_phantom
 
 
 def test_ellipsoid_by_hand() -> None:
@@ -204,3 +206,20 @@ def test_a_stack_computes_less_than_its_windows(tmp_path: Path) -> None:
     found = stacked.ways(config, settings)
     assert [part.shape[:2] for part in found["windows"].parts] == [(1, 5)] * 3
     assert found["stack"].run().shape == (3, 256, 256)
+
+
+def test_eight_bits_are_compared_with_float(random_weights: Path) -> None:
+    """Of random weights: near to what it was, but not the same; a network beside itself is the same."""
+    manifest = read_manifest(random_weights)
+    content = manifest.read("unet")
+    scan = make_phantom(3, healthy=False, scanner=Scanner((8, 40, 48), (6.0, 8.0, 7.0), top_mm=100.0))
+    plain, listening = (UNet(content, manifest.unet) for _ in range(2))
+    listening.session = heard = int8.Listening(content)
+    np.testing.assert_array_equal(int8.ask(listening, scan).grid, int8.ask(plain, scan).grid)
+    assert heard.shown
+    eight = UNet(int8.in_eight_bits(content, heard.shown[:2]), manifest.unet)
+    told = int8.compare({"float32": plain, "int8": eight}, scan, rounds=1)
+    assert 0 < told["largest_difference"] < 0.2
+    same = int8.compare({"one": plain, "other": listening}, scan, rounds=2)
+    assert (same["dice"], same["largest_difference"]) == (1, 0)
+    assert same["times_faster"] == pytest.approx(same["seconds"]["one"] / same["seconds"]["other"], rel=0.1)
