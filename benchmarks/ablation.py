@@ -1,9 +1,10 @@
 """What each part of the method is worth: the hybrid trained without it, on the same data for the same time.
 
-    python -m benchmarks.ablation --data phantoms --held-out held_out --unet runs/unet/unet.onnx --minutes 20
+    python -m benchmarks.ablation --data phantoms --held-out held_out real --unet runs/unet/unet.onnx --minutes 20
 
-Thresholds are chosen on every other held-out case, figures are those of the rest. A variant that is done is not done
-again. Differences to the full method are means over cases and seeds, with a bootstrap interval over cases.
+Thresholds are chosen on every other held-out patient, figures are those of the rest, folder by folder. A variant that
+is done is not done again. Differences to the full method are means over cases and seeds, with a bootstrap interval over
+cases.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ from tqdm import tqdm
 from inference.pipeline import Pipeline
 from training import hybrid_training, release
 from training.calibration import SEARCHED, calibrate_all, choose_slice_gate, predict
-from training.data import load_case, read_folder
+from training.data import Entry, load_case, read_folder
+from training.sources import by_source, short_names
 
 FULL, HEALTHY = "full", "healthy"
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -38,6 +40,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 RESAMPLINGS = 10_000
 Scores = dict[str, NDArray[np.float64]]
+Figures = dict[str, dict[str, float]]
+Runs = list[Figures]
 RECIPE = ("learning_rate", "crop_share", "crop_stacks", "stacks", "classifier_weight")
 TRAINING = ("data", "minutes", "steps", "validation", *RECIPE)
 
@@ -45,7 +49,7 @@ TRAINING = ("data", "minutes", "steps", "validation", *RECIPE)
 @dataclass(frozen=True)
 class Settings:
     data: tuple[Path, ...]  # FLARE folders to train on
-    held_out: Path  # FLARE folder to choose thresholds and to judge on
+    held_out: tuple[Path, ...]  # FLARE folders to choose thresholds and to judge on
     unet: Path  # unet.onnx, for the fused figures
     work: Path = Path("runs/ablation")
     out: Path = Path("benchmarks/results/ablation.json")
@@ -63,8 +67,21 @@ class Settings:
     completed: Path | None = None  # the same with pseudo-completed labels, as one more
 
 
-def figures(settings: Settings, changes: dict[str, Any], folder: Path, seed: int) -> dict[str, dict[str, float]]:
-    """Dice of each judged case, by network, and 1 for each `HEALTHY` one; trained unless it was before."""
+def halves(entries: list[Entry]) -> tuple[list[int], list[int]]:
+    """Which cases to choose on and which to judge: the patients of each folder take turns."""
+    of_turn: tuple[list[int], list[int]] = ([], [])
+    seen: dict[Path, list[str]] = {}
+    for index, entry in enumerate(entries):
+        patients = seen.setdefault(entry.source, [])
+        patient = entry.patient or entry.name
+        if patient not in patients:
+            patients.append(patient)
+        of_turn[patients.index(patient) % 2].append(index)
+    return of_turn
+
+
+def figures(settings: Settings, changes: dict[str, Any], folder: Path, seed: int) -> Figures:
+    """Dice of each judged FOLDER/CASE, by network, and 1 for each `HEALTHY` one; trained unless it was before."""
     done = folder / "figures.json"
     if done.exists():
         return dict(json.loads(done.read_text()))
@@ -73,13 +90,15 @@ def figures(settings: Settings, changes: dict[str, Any], folder: Path, seed: int
     hybrid_training.main(hybrid_training.Settings(**{**own, "out": folder, "cache": cache, "seed": seed, **changes}))
     release.main(release.Settings(folder / "hybrid.safetensors", settings.unet, folder / "weights"))
     pipeline = Pipeline(folder / "weights")
-    entries = [entry for entry in read_folder(settings.held_out) if entry.complete]
-    gate = choose_slice_gate(pipeline, map(load_case, entries[::2]))
+    entries = [entry for held_out in settings.held_out for entry in read_folder(held_out) if entry.complete]
+    chosen_on, judged_on = halves(entries)
+    gate = choose_slice_gate(pipeline, (load_case(entries[i]) for i in chosen_on))
     cases = [predict(pipeline, load_case(entry)) for entry in tqdm(entries, desc=folder.name, unit="case")]
-    judged = {entry.name: case for entry, case in zip(entries[1::2], cases[1::2], strict=True)}
+    short = short_names(by_source(entries))
+    judged = {f"{short[entries[i].source]}/{entries[i].name}": cases[i] for i in judged_on}
     result = {
         network: {name: case.dice(operating, network) for name, case in judged.items()}
-        for network, (operating, _) in calibrate_all(cases[::2], gate).items()
+        for network, (operating, _) in calibrate_all([cases[i] for i in chosen_on], gate).items()
     }
     result[HEALTHY] = {name: float(not case.label.any()) for name, case in judged.items()}
     done.write_text(json.dumps(result))
@@ -111,27 +130,43 @@ def row(ours: Scores, full: Scores) -> dict[str, dict[str, float | None]]:
     }
 
 
+def rows(ours: Runs, full: Runs) -> dict[str, dict[str, dict[str, float | None]]]:
+    """`row` of each folder of judged cases; ours, full: of each seed what `figures` gives."""
+    folders = dict.fromkeys(name.rpartition("/")[0] for name in full[0][HEALTHY])
+
+    def of(runs: Runs, folder: str) -> Scores:
+        return {
+            kind: np.array([[v for name, v in run[kind].items() if name.rpartition("/")[0] == folder] for run in runs])
+            for kind in (*SEARCHED, HEALTHY)
+        }
+
+    return {folder: row(of(ours, folder), of(full, folder)) for folder in folders}
+
+
 def main(settings: Settings) -> None:
     wanted = {name: VARIANTS[name] for name in dict.fromkeys((FULL, *settings.variants))}
     for name, folder in (("partial labels", settings.partial), ("pseudo-completed labels", settings.completed)):
         if folder:
             wanted[name] = {"data": (folder,)}
-    results = {}
-    for name, changes in wanted.items():
-        runs = [figures(settings, changes, settings.work / f"{name} {seed}", seed) for seed in settings.seeds]
-        results[name] = {kind: np.array([list(run[kind].values()) for run in runs]) for kind in (*SEARCHED, HEALTHY)}
+    results = {
+        name: [figures(settings, changes, settings.work / f"{name} {seed}", seed) for seed in settings.seeds]
+        for name, changes in wanted.items()
+    }
+    variants = {name: rows(runs, results[FULL]) for name, runs in results.items()}
     told = {
         "date": datetime.now(UTC).date().isoformat(),
         "minutes": settings.minutes,
         "steps": settings.steps,
         "seeds": len(settings.seeds),
-        "judged_cases": int(results[FULL]["fused"].shape[1]),
-        "variants": {name: row(scores, results[FULL]) for name, scores in results.items()},
+        "judged_cases": len(results[FULL][0][HEALTHY]),
+        "variants": variants,
     }
     settings.out.parent.mkdir(parents=True, exist_ok=True)
     settings.out.write_text(json.dumps(told, indent=1) + "\n")
-    for name, networks in told["variants"].items():
-        print(name, *(f"{n} {v['dice']:.3f} ({v['low']:+.3f} … {v['high']:+.3f})" for n, v in networks.items()))
+    for name, folders in variants.items():
+        for short, networks in folders.items():
+            said = (f"{n} {v['dice']:.3f} ({v['low']:+.3f} … {v['high']:+.3f})" for n, v in networks.items())
+            print(f"{name}, {short}:", *said)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from inference.hybrid.config import PRESETS, HybridConfig
 from inference.pipeline import Pipeline
 from training import hybrid_training
 from training.__main__ import main
+from training.data import Entry
 
 BUDGET = ["--steps", "2", "--validation", "1", "--validations", "1", "--device", "cpu"]
 
@@ -65,13 +66,13 @@ def test_users_mistakes_are_told_in_a_line(folder, tmp_path, command, capsys) ->
 def test_ablation_compares_variants_and_does_none_twice(folder, tmp_path, command, monkeypatch) -> None:
     assert command("unet", "--data", folder, "--out", tmp_path, "--features", 4, "--patch", 16, 32, 32, *BUDGET) == 0
     settings = ablation.Settings(
-        (folder,), folder, tmp_path / "unet.onnx", tmp_path / "work", tmp_path / "ablation.json",
+        (folder,), (folder,), tmp_path / "unet.onnx", tmp_path / "work", tmp_path / "ablation.json",
         steps=1, validation=1, seeds=(0,), variants=("one slice",),
     )  # fmt: skip
     ablation.main(settings)
     told = json.loads((tmp_path / "ablation.json").read_text())
     assert (told["judged_cases"], list(told["variants"])) == (3, ["full", "one slice"])
-    full = told["variants"]["full"]["fused"]
+    full = told["variants"]["full"][folder.name]["fused"]
     assert (full["difference"], full["low"], full["high"]) == (0, 0, 0)
     assert 0 <= full["healthy_false_positives"] <= 1
     monkeypatch.setattr(hybrid_training, "main", None)
@@ -89,6 +90,27 @@ def test_ablation_row_by_hand() -> None:
     assert row["difference"] == pytest.approx((0.1 + 0.2 - 1.0) / 6)
     assert row["low"] < row["difference"] < row["high"]
     assert row["healthy_false_positives"] == 0.5
+
+
+def test_ablation_judges_other_patients_than_it_chooses_on() -> None:
+    """In each folder by itself; both scans of a patient are in one half."""
+    names = [("a", "1", ""), ("a", "2", "P"), ("a", "3", "P"), ("a", "4", "Q"), ("b", "1", ""), ("b", "2", "")]
+    entries = [
+        Entry(name, Path(folder) / "imagesTr" / name, None, None, patient=patient) for folder, name, patient in names
+    ]
+    assert ablation.halves(entries) == ([0, 3, 4], [1, 2, 5])
+
+
+def test_ablation_tells_folders_apart() -> None:
+    def figures(dice: float) -> dict:
+        said = {"some/a": dice, "some/b": dice, "other/a": 1.0}
+        return {**dict.fromkeys(("hybrid", "unet", "fused"), said), ablation.HEALTHY: dict.fromkeys(said, 0.0)}
+
+    told = ablation.rows([figures(0.5), figures(0.7)], [figures(0.4), figures(0.5)])
+    assert list(told) == ["some", "other"]
+    some, other = (told[folder]["fused"] for folder in ("some", "other"))
+    assert (some["dice"], some["difference"]) == (pytest.approx(0.6), pytest.approx(0.15))
+    assert (other["dice"], other["difference"], other["low"]) == (1, 0, 0)
 
 
 def test_crops_without_the_cnn_are_refused(folder, tmp_path, command, capsys) -> None:
