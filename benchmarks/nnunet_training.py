@@ -82,7 +82,7 @@ def main(configuration: str, dataset: str, minutes: str, device: str, precision:
     predict(trainer, Path(nnUNet_raw) / dataset / "imagesTs", Path(out) / "masks", precision)
     told = {
         "minutes": float(minutes),
-        "precision": precision,
+        "precision": precision if device == "cpu" else "nnU-Net's own",
         "iterations": done,
         "epochs": round(done / trainer.num_iterations_per_epoch, 2),  # of nnU-Net's 250 iterations
         "batch": trainer.batch_size,

@@ -117,19 +117,21 @@ def main() -> None:
     options = parser.parse_args()
     pipeline = Recorder(options.weights)
     told = resume(options.out, pipeline.manifest.folder)
+    wanted = {options.first_seed + i: i < options.healthy for i in range(options.count)}
+    if other := [seed for seed in wanted if seed in told["cases"] and told["cases"][seed]["healthy"] != wanted[seed]]:
+        raise SystemExit(f"{options.out} has seed {other[0]} with another --healthy: name another --out")
     command = f"--first-seed {options.first_seed} --count {options.count} --healthy {options.healthy}"
-    told["runs"].append(
-        {
-            "date": datetime.now(UTC).date().isoformat(),
-            "command": f"python -m benchmarks.phantom_accuracy {command}",
-            "machine": f"{platform.machine()}, CPU",
-        }
-    )
+    run = {
+        "date": datetime.now(UTC).date().isoformat(),
+        "command": f"python -m benchmarks.phantom_accuracy {command}",
+        "machine": f"{platform.machine()}, CPU",
+    }
+    if run not in told["runs"]:
+        told["runs"].append(run)
     with tempfile.TemporaryDirectory() as folder:
-        for i in tqdm(range(options.count), unit="scan"):
-            seed = options.first_seed + i
+        for seed, healthy in tqdm(wanted.items(), unit="scan"):
             if seed not in told["cases"]:
-                told["cases"][seed] = judge(pipeline, seed, i < options.healthy, Path(folder))
+                told["cases"][seed] = judge(pipeline, seed, healthy, Path(folder))
                 write(told, options.out)
     print(json.dumps(write(told, options.out), indent=1))
 

@@ -103,7 +103,12 @@ def test_phantoms_that_were_judged_are_not_judged_again(random_weights: Path, tm
     assert judged == [3901, 3902, 3903, 3904, 3904, 3905]
     assert [case["seed"] for case in told["cases"]] == [3901, 3902, 3903, 3904, 3905]
     assert (told["mean_dice"], told["large_lesions"]) == ({"fused": 0.7}, 5)
-    assert len(told["runs"]) == 3
+    assert [run["command"].split(maxsplit=3)[3] for run in told["runs"]] == [
+        "--first-seed 3901 --count 2 --healthy 2",
+        "--first-seed 3902 --count 4 --healthy 1",
+    ]
+    with pytest.raises(SystemExit, match=r"seed 3901 with another --healthy.*another --out"):
+        run(3901, 1, 0)
     manifest = weights / "manifest.json"
     manifest.write_text(manifest.read_text() + "\n")
     with pytest.raises(SystemExit, match=r"other weights.*another --out"):

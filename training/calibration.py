@@ -7,8 +7,9 @@ that hold a lesion. Then the rest. What decides is the mean over the cases (both
 empty 0, as FLARE grades), less the share of healthy cases with any false voxel beyond `HEALTHY_LIMIT`: the mean Dice at
 first, in the last round that of Dice and NSD, which costs ten times as much. Several folders count alike, however many
 cases each has. Each network by itself is calibrated first. The program uses the fused thresholds only: voxels are
-candidates by the mean of both networks or as the UNet found for itself, and the search decides which components stay,
-since one over everything at once fits a few dozen cases alone.
+candidates where the mean of both networks is a half, or as the UNet found for itself, and the search decides which
+components stay, since one over everything at once fits a few dozen cases alone. Where one network alone is judged
+better than both by more than `MARGIN`, it speaks alone.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Hashable, Iterable
 from dataclasses import asdict, dataclass, field, replace
-from functools import cache, partial, reduce
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -39,23 +40,26 @@ TOLERANCE_MM = 2.0  # of the NSD, as FLARE grades
 WITHHELD = 0.05  # of the slices with a lesion may be taken for free of any
 PER_MILLE = np.int16(1000)  # of a lesion's voxel: how much of a thick slice's voxel is lesion
 HEALTHY_LIMIT = 0.05  # of the healthy cases may have a false positive
+MARGIN = (
+    0.02  # so much better must one network be than both fused, to be heard alone: two that agree err less elsewhere
+)
+NEVER = 1.01  # no probability reaches it
 ROUNDS = 2  # of the search, one threshold at a time
 STARTS = (0.5, 0.7, 0.9)  # voxel thresholds from which the search sets out, so that an empty mask cannot trap it
-SURE = (0.95, 0.5, 0.7, 0.9, 0.98, 0.99, 0.995, 0.998, 0.999, 0.9995, 0.9998, 0.9999, 0.99995, 1.01)  # the last: never
+SURE = (0.95, 0.5, 0.7, 0.9, 0.98, 0.99, 0.995, 0.998, 0.999, 0.9995)
 BOTH = (0.5, 0.1, 0.3, 0.7, 0.85, 0.95, 0.98, 0.99, 0.995, 0.998, 0.999, 0.9995)  # the other network tells most
 VOXEL = (0.5, 0.3, 0.4, 0.6, 0.7, 0.8, 0.9, 0.95)
 CHOICES: dict[str, tuple[float, ...]] = {
     "scan_threshold": (0.5, 0.0, 0.3, 0.6, 0.7, 0.8, 0.85, 0.9, 0.93, 0.95, 0.97, 0.98, 0.99),
-    "weight": (0.5, 0.2, 0.35, 0.65, 0.8, 1.0),
     "voxel": VOXEL,
     "both_hybrid": BOTH,
     "both_unet": BOTH,
-    "sure_hybrid": SURE,
-    "sure_unet": SURE,
+    "sure_hybrid": (*SURE, 1.0, NEVER),  # its probabilities are float16, which has nothing between the last two
+    "sure_unet": (*SURE, 0.9998, 0.9999, 0.99995, NEVER),
     "unet_voxel": VOXEL,
     "min_volume_ml": (0.0, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 4.0),
 }
-SEARCHED: dict[str, tuple[str, ...]] = {  # by which network speaks; the thresholds that matter then
+SEARCHED: dict[str, tuple[str, ...]] = {  # by which network speaks
     "hybrid": ("scan_threshold", "voxel", "sure_hybrid", "min_volume_ml"),
     "unet": ("unet_voxel", "sure_unet", "min_volume_ml"),
     "fused": ("scan_threshold", "both_hybrid", "both_unet", "sure_hybrid", "sure_unet", "min_volume_ml"),
@@ -216,8 +220,7 @@ def improve(network: str, chosen: Operating, judged: Callable[[Operating], float
 def starting_points(network: str, first: Operating) -> list[Operating]:
     """`first` with each of `STARTS` for the network's voxels, where these are searched."""
     voxels = [name for name in ("voxel", "unet_voxel") if name in SEARCHED[network]]
-    points = (reduce(lambda point, name: point.change(name, start), voxels, first) for start in STARTS)
-    return list(dict.fromkeys(points))
+    return [first.change(name, start) for name in voxels for start in STARTS] or [first]
 
 
 def calibrate(cases: list[Predicted], network: str, first: Operating | None = None) -> tuple[Operating, float]:
@@ -247,16 +250,28 @@ def calibrate(cases: list[Predicted], network: str, first: Operating | None = No
 def calibrate_all(cases: list[Predicted], gate: Gate) -> dict[str, tuple[Operating, float]]:
     """Thresholds, and what `judge` says of them, of the hybrid, of the UNet, and of both fused, which builds on these.
 
-    gate: whose threshold of the slices stays.
+    gate: whose threshold of the slices stays. What is fused may be one network `alone`.
     """
     found = {network: calibrate(cases, network, Operating(gate)) for network in ("hybrid", "unet")}
     (hybrid, _), (unet, _) = found["hybrid"], found["unet"]
     both = Operating(hybrid.gate, replace(unet.fusion, sure_hybrid=hybrid.fusion.sure_hybrid))
-    surest = {"both_hybrid": max(BOTH), "both_unet": max(BOTH), "sure_hybrid": max(SURE), "sure_unet": max(SURE)}
+    surest = {"both_hybrid": max(BOTH), "both_unet": max(BOTH), "sure_hybrid": NEVER, "sure_unet": NEVER}
     agreed = Operating(replace(hybrid.gate, scan_threshold=0.0), replace(both.fusion, **surest))
     starts = (both, agreed)  # one network's word in scans with a high score, or both networks' in any scan
     fused = max((calibrate(cases, "fused", start) for start in starts), key=lambda pair: pair[1])
+    best = max(found, key=lambda network: found[network][1])
+    operating, score = found[best]
+    if score > fused[1] + MARGIN:
+        fused = alone(best, operating), score
     return {**found, "fused": fused}
+
+
+def alone(network: str, chosen: Operating) -> Operating:
+    """Thresholds at which what is fused is what this network finds by itself."""
+    fusion = replace(chosen.fusion, both_hybrid=NEVER, both_unet=NEVER)
+    if network == "hybrid":
+        return replace(chosen, fusion=replace(fusion, weight=1.0, unet_voxel=NEVER, sure_unet=NEVER))
+    return replace(chosen, fusion=replace(fusion, weight=0.0, voxel=fusion.unet_voxel, sure_hybrid=NEVER))
 
 
 @dataclass(frozen=True)

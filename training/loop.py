@@ -62,7 +62,7 @@ class Common:
     validation: int = 12  # cases kept out, of the last patients by name
     validations: int = 7  # checks of the averaged weights, evenly over the budget; the best are kept
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    precision: Literal["auto", "bf16-mixed", "16-mixed", "32-true"] = "auto"  # bfloat16 where that is faster
+    precision: Literal["auto", "bf16-mixed", "16-mixed", "32-true"] = "auto"  # bfloat16 where a CPU or GPU has it
     g_per_kwh: float = 445.0  # of CO₂ equivalent; the world's electricity in 2024
     frozen_norms: float = 0.0  # share of the budget, the last, in which batch norms act as they will in use
     workers: int = 2  # threads that draw the next batches
@@ -137,8 +137,11 @@ def load_weights(network: nn.Module, path: Path) -> None:
 
 
 def fast_precision(accelerator: str) -> Literal["bf16-mixed", "32-true"]:
-    """bfloat16 but on CPUs without AVX-512, which emulate it: a 3-D convolution takes many times as long so."""
-    emulated = accelerator == "cpu" and not torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+    """bfloat16 but on CPUs without instructions for it (AVX512_BF16, which those with AMX have too).
+
+    A CPU with AVX2 alone emulates it: a 3-D convolution took 77 times as long so. Others were not measured.
+    """
+    emulated = accelerator == "cpu" and not torch.cpu._is_avx512_bf16_supported()
     return "32-true" if emulated else "bf16-mixed"
 
 

@@ -33,6 +33,8 @@ PHANTOM_VERSION = 2
 HEALTHY_SHARE = 0.25
 MAP_MM = 4.0
 """Grid of the organ map in which lesions are placed; fixed, so that the scene depends on no scanner's voxels."""
+SLICES_MM = (1.0, 1.25, 1.5, 2.0, 2.5, 3.0, 3.75, 5.0)
+"""How thick clinical scanners' slices are."""
 NOISE_VOXEL_MM = (3.0, 0.8, 0.8)
 """Voxel for which `Scanner.noise_hu` is stated."""
 
@@ -70,8 +72,12 @@ class Scanner:
     def random(cls, rng: np.random.Generator, thinnest_mm: float = 0.0) -> Scanner:
         """A clinical scan: 512×512 over 300 to 450 mm, slices of 1 to 5 mm, 150 to 400 mm of the trunk.
 
-        Drawn again while its slices are thinner than `thinnest_mm`.
+        Drawn again while its slices are thinner than `thinnest_mm`. ValueError where all are.
         """
+        if thinnest_mm > max(SLICES_MM):
+            raise ValueError(
+                f"--thinnest-mm {thinnest_mm:g}: no slice is thicker than {max(SLICES_MM):g} mm: ask for less"
+            )
         drawn = cls._random(rng)
         while drawn.spacing_mm[0] < thinnest_mm:
             drawn = cls._random(rng)
@@ -80,7 +86,7 @@ class Scanner:
     @classmethod
     def _random(cls, rng: np.random.Generator) -> Scanner:
         field = rng.uniform(307, 450)
-        thick = float(rng.choice((1.0, 1.25, 1.5, 2.0, 2.5, 3.0, 3.75, 5.0)))
+        thick = float(rng.choice(SLICES_MM))
         side = 512 if rng.random() < 0.85 or field > 430 else int(field / rng.uniform(0.8, 0.98))
         spacing = (thick, field / side, field / side)
         return cls((int(rng.uniform(150, 400) / thick), side, side), spacing, *_draw_quality(rng))
@@ -263,7 +269,7 @@ class Settings:
     chest_share: float = 0.0  # of the scans are of the chest, up to the neck
     partial_share: float = 0.0  # of the diseased scans: only the lesions of one site are annotated
     network_grid: bool = False  # 256×256 scans as the networks see them, at a fifth of the time and space
-    thinnest_mm: float = 0.0  # without it: slices are at least so thick
+    thinnest_mm: float = 0.0  # slices are at least so thick; not together with --network-grid, whose are 2 to 5 mm
     device: str = "cpu"  # what paints: "cpu", one core a job, or "cuda" or "cuda:N", by torch
 
 
@@ -300,6 +306,8 @@ def main(settings: Settings) -> None:
     labelsTr is what annotators left, completeTr all lesions, organsTr the organ of every voxel.
     """
     computer(settings.device)
+    if settings.network_grid and settings.thinnest_mm:
+        raise ValueError("--network-grid has slices of its own: leave --thinnest-mm out")
     settings.out.mkdir(parents=True, exist_ok=True)
     work = partial(_write_case, settings=settings)
     seeds = range(settings.seed, settings.seed + settings.count)

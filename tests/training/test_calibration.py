@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from inference.fusion import find_components
 from inference.hybrid.predict import SlicePredictions
 from inference.weights import Gate
 from training import calibration
@@ -17,6 +18,7 @@ from training.calibration import (
     SEARCHED,
     Operating,
     Predicted,
+    alone,
     calibrate,
     calibrate_all,
     choose_slice_gate,
@@ -123,6 +125,56 @@ def test_fusion_finds_that_only_agreement_separates() -> None:
     told = calibrate_all([sick, only_unet, only_hybrid], Gate(0.5))
     assert told["fused"][1] == pytest.approx(1)
     assert max(told["hybrid"][1], told["unet"][1]) < 0.9
+
+
+def test_a_network_that_is_right_alone_is_heard_alone() -> None:
+    """The UNet, as sure in healthy scans, finds a block of 48 voxels around the lesion of 4 that the hybrid finds."""
+    lump, block = np.zeros((2, 5, 8, 8), np.float32)
+    lump[2, 3:5, 3:5] = 0.97
+    block[1:4, 2:6, 2:6] = 0.97
+    nothing = np.zeros(lump.shape, np.uint8)
+    sick = predicted((lump > 0).astype(np.uint8), (10.0,) * 3, lump, block, 0.9)
+    healthy = predicted(nothing, (10.0,) * 3, 0 * lump, block, 0.9)
+    told = calibrate_all([sick, sick, healthy, healthy], Gate(0.5))
+    assert told["unet"][1] < 0.6
+    assert [case.dice(told["fused"][0], "fused") for case in (sick, healthy)] == [1, 1]
+
+
+@pytest.mark.parametrize("network", ["hybrid", "unet"])
+def test_fused_is_what_one_network_alone_finds(network: str) -> None:
+    """Whatever its thresholds, and whatever the other says, in a scan with a high score and one with a low score."""
+    rng = np.random.default_rng(2)
+    said = rng.choice(np.float32([0, 0.35, 0.6, 0.9, 0.9993, 0.99996]), (2, 6, 12, 12), p=[0.9, *[0.02] * 5])
+    cases = [predicted((said[0] > 0).astype(np.uint8), (2.0, 5.0, 5.0), *said, score) for score in (0.2, 0.8)]
+    found = 0
+    for name in SEARCHED[network]:
+        for value in CHOICES[name]:
+            operating = Operating().change(name, value)
+            for case in cases:
+                mask = case.mask(operating, network)
+                np.testing.assert_array_equal(case.mask(alone(network, operating), "fused"), mask)
+                found += mask.any()
+    assert found > 20
+
+
+def test_masks_are_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 14 thresholds of the UNet's sureness that keep one of two components, both or none: three masks, one search."""
+    said = np.zeros((1, 1, 5), np.float32)
+    said[0, 0, 0], said[0, 0, 4] = 0.9997, 0.99996
+    case = predicted((said > 0).astype(np.uint8), (10.0,) * 3, 0 * said, said, 0.9)
+    searched, measured = [], []
+    monkeypatch.setattr(calibration, "find_components", lambda *a: searched.append(a) or find_components(*a))
+
+    def measure(one: Predicted, operating: Operating, network: str) -> float:
+        measured.append(operating)
+        return one.dice(operating, network)
+
+    values = CHOICES["sure_unet"]
+    told = [case.measured(Operating().change("sure_unet", value), "unet", measure) for value in values]
+    expected = [1 if value <= 0.9997 else pytest.approx(2 / 3) if value <= 0.99996 else 0 for value in values]
+    assert told == expected
+    assert (len(searched), len(measured)) == (1, 3)
+    assert {0.9998, 0.9999, 0.99995} < set(values)
 
 
 def test_dice_and_nsd_by_hand() -> None:

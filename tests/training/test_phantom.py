@@ -182,6 +182,10 @@ def test_thin_slices_can_be_left_out(tmp_path: Path) -> None:
     thick = [scanner for scanner in drawn if scanner.spacing_mm[0] >= 2.5]
     assert drawn[0] not in thick
     assert Scanner.random(np.random.default_rng(3), thinnest_mm=2.5) == thick[0]
+    with pytest.raises(ValueError, match="--thinnest-mm 6: no slice is thicker than 5 mm"):
+        main(Settings(tmp_path, 1, thinnest_mm=6.0))
+    with pytest.raises(ValueError, match="leave --thinnest-mm out"):
+        main(Settings(tmp_path, 1, thinnest_mm=3.0, network_grid=True))
     main(Settings(tmp_path, 1, seed=2, healthy_share=1.0, thinnest_mm=5.0))
     (scan,) = (tmp_path / "imagesTr").iterdir()
     assert nib.load(scan).header.get_zooms()[2] == 5

@@ -12,7 +12,8 @@ run="python -m training"
 # glibc gives memory back after every step and faults it in again, page by page: a fifth of the time
 export MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=20000000000 MALLOC_TOP_PAD_=500000000 GLIBC_TUNABLES=glibc.malloc.hugetlb=1
 
-# Patients to learn from, as the networks see them, others for each round, and others to choose the thresholds on, as clinics scan them.
+# Patients to learn from, as the networks see them, others for each round, and others to choose the thresholds on, as clinics scan them
+# in slices of 2.5 mm and more.
 phantoms() {
     folder=$1 count=$2 seed=$3
     shift 3
@@ -21,7 +22,7 @@ phantoms() {
 phantoms phantoms_1 743 1000 --network-grid
 phantoms phantoms_2 480 4000 --network-grid
 phantoms phantoms_3 540 5000 --network-grid
-phantoms phantoms_held_out 100 2200 --healthy-share 0.5 --thinnest-mm 2.5
+phantoms phantoms_clinical 100 2200 --healthy-share 0.5 --thinnest-mm 2.5
 [ -e "$work/real/abdomen/cases.csv" ] || python "$(dirname "$0")/real.py" "$data" "$work/real"
 
 # Many steps on small patches teach what a lesion is; batch norm lets larger ones finish the work.
@@ -55,4 +56,4 @@ $run hybrid $third --out "$work/hybrid_3" --weights "$work/hybrid_2/hybrid.safet
     --learning-rate 1.2e-3 --crop-share 0.45
 
 $run release --hybrid "$work/hybrid_3/hybrid.safetensors" --unet "$work/unet_3/unet.onnx" --out "$work/weights"
-$run calibrate --data "$work/phantoms_held_out" "$work/real/sarcomas_held_out" --weights "$work/weights"
+$run calibrate --data "$work/phantoms_clinical" "$work/real/sarcomas_held_out" --weights "$work/weights"
