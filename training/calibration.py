@@ -40,9 +40,7 @@ TOLERANCE_MM = 2.0  # of the NSD, as FLARE grades
 WITHHELD = 0.05  # of the slices with a lesion may be taken for free of any
 PER_MILLE = np.int16(1000)  # of a lesion's voxel: how much of a thick slice's voxel is lesion
 HEALTHY_LIMIT = 0.05  # of the healthy cases may have a false positive
-MARGIN = (
-    0.02  # so much better must one network be than both fused, to be heard alone: two that agree err less elsewhere
-)
+MARGIN = 0.02  # one network must be so much better than both fused to be heard alone: a few dozen cases tell no less
 NEVER = 1.01  # no probability reaches it
 ROUNDS = 2  # of the search, one threshold at a time
 STARTS = (0.5, 0.7, 0.9)  # voxel thresholds from which the search sets out, so that an empty mask cannot trap it

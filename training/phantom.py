@@ -75,9 +75,7 @@ class Scanner:
         Drawn again while its slices are thinner than `thinnest_mm`. ValueError where all are.
         """
         if thinnest_mm > max(SLICES_MM):
-            raise ValueError(
-                f"--thinnest-mm {thinnest_mm:g}: no slice is thicker than {max(SLICES_MM):g} mm: ask for less"
-            )
+            raise ValueError(f"--thinnest-mm {thinnest_mm:g}: no slice is thicker than {max(SLICES_MM):g} mm")
         drawn = cls._random(rng)
         while drawn.spacing_mm[0] < thinnest_mm:
             drawn = cls._random(rng)

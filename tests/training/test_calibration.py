@@ -158,7 +158,7 @@ def test_fused_is_what_one_network_alone_finds(network: str) -> None:
 
 
 def test_masks_are_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of 14 thresholds of the UNet's sureness that keep one of two components, both or none: three masks, one search."""
+    """Thresholds of the UNet's sureness that keep both of two components, one or none: three masks, one search."""
     said = np.zeros((1, 1, 5), np.float32)
     said[0, 0, 0], said[0, 0, 4] = 0.9997, 0.99996
     case = predicted((said > 0).astype(np.uint8), (10.0,) * 3, 0 * said, said, 0.9)
