@@ -52,7 +52,7 @@ CHOICES: dict[str, tuple[float, ...]] = {
     "voxel": VOXEL,
     "both_hybrid": BOTH,
     "both_unet": BOTH,
-    "sure_hybrid": (*SURE, 1.0, NEVER),  # its probabilities are float16, which has nothing between the last two
+    "sure_hybrid": (*SURE, 0.9999, NEVER),  # its probabilities are float16, which has nothing between 0.9995 and 1
     "sure_unet": (*SURE, 0.9998, 0.9999, 0.99995, NEVER),
     "unet_voxel": VOXEL,
     "min_volume_ml": (0.0, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 4.0),
