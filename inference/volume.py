@@ -115,14 +115,24 @@ def read_volume(path: Path, max_voxels: int = MAX_VOXELS) -> Volume:
 
 
 def read_label(path: Path, geometry: Geometry) -> NDArray[np.uint8]:
-    """Read labels (0 … 255) on the grid `geometry` of their scan, canonical (z, y, x)."""
+    """Read labels, whole numbers from 0 to 255 or ValueError, on the grid of their scan, canonical (z, y, x)."""
     max_voxels = max(MAX_VOXELS, math.prod(geometry.shape))
-    label, own = _read(path, np.uint8, lambda _, block: block.astype(np.uint8), max_voxels)
+    label, own = _read(path, np.uint8, _to_labels, max_voxels)
     if own.shape != geometry.shape or not np.allclose(
         own.header.get_best_affine(), geometry.header.get_best_affine(), atol=1e-3
     ):
         raise ValueError(f"{path}: not on the grid of its scan: resample it to the scan's")
     return label
+
+
+def _to_labels(path: Path, block: NDArray[Any]) -> NDArray[np.uint8]:
+    with np.errstate(invalid="ignore"):  # what is not finite is found by the comparison
+        labels = block.astype(np.uint8)
+    if not np.array_equal(labels, block):
+        raise ValueError(
+            f"{path}: holds labels that are no whole numbers from 0 to 255: write the mask anew, as 0 and 1"
+        )
+    return labels
 
 
 def _read(

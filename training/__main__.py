@@ -26,7 +26,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
 
 
 def main() -> int:
-    """0 where the stage was done; 1 and a line on stderr where the user has something to mend."""
+    """0 where the stage was done; 1 and a line on stderr where the user has something to mend; 130 if interrupted."""
     try:
         tyro.extras.subcommand_cli_from_dict(
             COMMANDS, prog="python -m training", description=__doc__, config=(tyro.conf.OmitArgPrefixes,)
@@ -34,6 +34,9 @@ def main() -> int:
     except (ValueError, OSError) as error:
         print(error, file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("interrupted: a training goes on when it is called again with the same --out", file=sys.stderr)
+        return 130
     return 0
 
 

@@ -282,9 +282,15 @@ def main(settings: Settings) -> None:
     """Choose the thresholds of gate and fusion on cases whose every lesion is annotated."""
     pipeline = Pipeline(settings.weights)
     entries = [entry for folder in settings.data for entry in read_folder(folder) if entry.complete]
+    if not entries:
+        raise ValueError(f"{settings.data[0]}: no scan is annotated completely, which calibration asks for")
     scans = tqdm(map(load_case, entries), desc="slices", unit="case", total=len(entries))
     gate = choose_slice_gate(pipeline, scans)
     cases = [predict(pipeline, load_case(entry)) for entry in tqdm(entries, desc="cases", unit="case")]
+    if not any(case.label.any() for case in cases):
+        raise ValueError(
+            f"{settings.data[0]}: no scan has a lesion, by which thresholds are chosen: add some that have"
+        )
     manifest = json.loads((settings.weights / MANIFEST).read_text())
     record: dict[str, Any] = {"cases": len(cases)}
     groups = by_source(cases)

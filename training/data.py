@@ -8,7 +8,9 @@ counts as complete and every scan as another patient.
 from __future__ import annotations
 
 import csv
+import io
 import shutil
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
@@ -129,15 +131,19 @@ def _rows(path: Path, problems: list[str]) -> dict[str, dict[str, str]]:
     if not path.exists():
         return {}
     rows: dict[str, dict[str, str]] = {}
-    with path.open(newline="") as file:
-        reader = csv.DictReader(file)
-        missing = [column for column in COLUMNS if column not in (reader.fieldnames or [])]
-        if missing:
-            raise ValueError(f"{path}: no column {', '.join(missing)}: the columns are {', '.join(COLUMNS)}")
-        for row in reader:
-            if row["case"] in rows:
-                problems.append(f"{row['case']}: twice in cases.csv")
-            rows[row["case"]] = row
+    try:
+        text = path.read_text("utf-8-sig")  # as Excel writes it, too
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not in UTF-8: save it as CSV in UTF-8") from error
+    reader = csv.DictReader(io.StringIO(text, newline=""), skipinitialspace=True)
+    missing = [column for column in COLUMNS if column not in (reader.fieldnames or [])]
+    if missing:
+        columns = ", ".join(COLUMNS)
+        raise ValueError(f"{path}: no column {', '.join(missing)}: the columns are {columns}, with commas between them")
+    for row in reader:
+        if row["case"] in rows:
+            problems.append(f"{row['case']}: twice in cases.csv")
+        rows[row["case"]] = row
     return rows
 
 
@@ -160,15 +166,35 @@ def _entry(folder: Path, name: str, scan: Path, row: dict[str, str] | None) -> E
 
 
 def link(entries: list[Entry], folder: Path) -> None:
-    """Write a folder in FLARE layout of links to the files of these cases, and its `cases.csv`; an older one goes."""
-    for part in ("imagesTr", "labelsTr", "organsTr"):
+    """Write a folder in FLARE layout of links to the files of these cases, and its `cases.csv`; older links go.
+
+    ValueError where the folder holds anything else, which is somebody's own.
+    """
+    parts = ("imagesTr", "labelsTr", "organsTr")
+    own = [path for part in parts for path in (folder / part).glob("*") if not path.is_symlink()]
+    if own:
+        raise ValueError(f"{own[0]} would be lost: name another --out, or move that file")
+    linked = [
+        (part, path.name, path.resolve())
+        for entry in entries
+        for part, path in zip(parts, (entry.scan, entry.label, entry.organs), strict=True)
+        if path
+    ]
+    for part in parts:
         shutil.rmtree(folder / part, ignore_errors=True)
         (folder / part).mkdir(parents=True)
-    for entry in entries:
-        for part, path in (("imagesTr", entry.scan), ("labelsTr", entry.label), ("organsTr", entry.organs)):
-            if path:
-                (folder / part / path.name).symlink_to(path.resolve())
+    for part, name, path in linked:
+        (folder / part / name).symlink_to(path)
     write_rows(folder, entries)
+
+
+def refuse_others(folder: Path, names: Iterable[str]) -> None:
+    """ValueError where a folder to write these cases into holds others, whose rows of `cases.csv` would be lost."""
+    wanted = set(names)
+    there = [case_name(path) for path in sorted((folder / "imagesTr").glob("*")) if is_scan(path)]
+    others = [name for name in there if name not in wanted]
+    if others:
+        raise ValueError(f"{folder}: holds other scans already ({others[0]}): name another --out")
 
 
 def write_rows(folder: Path, entries: list[Entry]) -> None:
@@ -183,13 +209,23 @@ def _existing(path: Path) -> Path | None:
     return path if path.exists() else None
 
 
+def refuse_organs(label: NDArray[np.uint8], path: Path) -> None:
+    """ValueError where a label holds anything but 0, 1 and `PSEUDO`: of several structures, which are lesions?"""
+    others = [
+        value for value in np.flatnonzero(np.bincount(label.ravel(), minlength=256)) if value not in (0, 1, PSEUDO)
+    ]
+    if others:
+        told = ", ".join(str(value) for value in others[:5])
+        raise ValueError(f"{path}: holds the labels {told}: write a mask of the lesions alone, as 1")
+
+
 def load_case(entry: Entry) -> Case:
     """Read scan, label and organs, which must lie on the same grid. ValueError, also where the label is not as said."""
     volume = read_volume(entry.scan)
     label = np.zeros(volume.hu.shape, np.uint8)
     if entry.label:
         label = read_label(entry.label, volume.geometry)
-        label[(label > 0) & (label != PSEUDO)] = 1
+        refuse_organs(label, entry.label)
     if entry.healthy and label.any():
         count = np.count_nonzero(label)
         raise ValueError(f"{entry.label}: {count} voxels of lesion in a scan that cases.csv calls healthy")

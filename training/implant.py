@@ -17,7 +17,7 @@ from scipy.ndimage import gaussian_filter
 from tqdm import tqdm
 
 from inference.fusion import bounding_box
-from training.data import Annotated, Case, Entry, load_case, read_folder, write_rows
+from training.data import Annotated, Case, Entry, load_case, read_folder, refuse_others, write_rows
 from training.grid import Grid
 from training.lesions import VOLUME_ML, Lesion, draw_volume, lesion_shape, radius_of
 from training.phantom import write_nifti
@@ -45,8 +45,14 @@ class Settings:
 def main(settings: Settings) -> None:
     """Write real scans, cropped at random, with drawn lesions in them."""
     entries = read_folder(settings.data)
+    refuse_others(settings.out, (case_name_of(entries, index) for index in range(settings.count)))
     made = [make(entries, settings, index) for index in tqdm(range(settings.count), unit="case")]
     write_rows(settings.out, made)
+
+
+def case_name_of(entries: list[Entry], index: int) -> str:
+    """Of the case that `make` writes."""
+    return f"{entries[index % len(entries)].name}_{index:04d}"
 
 
 def make(entries: list[Entry], settings: Settings, index: int) -> Entry:
@@ -54,7 +60,7 @@ def make(entries: list[Entry], settings: Settings, index: int) -> Entry:
     rng = np.random.default_rng((settings.seed, index))
     case = random_crop(rng, load_case(entries[index % len(entries)]))
     hu, label = implant(rng, case)
-    name = f"{case.entry.name}_{index:04d}"
+    name = case_name_of(entries, index)
     scan, mask = (settings.out / f"{part}.nii.gz" for part in (f"imagesTr/{name}_0000", f"labelsTr/{name}"))
     write_nifti(hu, case.spacing_mm, scan)
     write_nifti(label, case.spacing_mm, mask)

@@ -69,6 +69,15 @@ class Common:
     jobs: int = 1  # processes that fill the cache
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        """ValueError where a number makes no sense."""
+        least = {"steps": 0, "validation": 1, "validations": 1, "workers": 0, "jobs": 1, "seed": 0}
+        for name, value in least.items():
+            if getattr(self, name) < value:
+                raise ValueError(f"--{name} {getattr(self, name)}: give {value} or more")
+        if self.minutes <= 0 or not 0 <= self.decay < 1:
+            raise ValueError("--minutes must be more than 0, --decay from 0 to less than 1")
+
     @property
     def cache_folder(self) -> Path:
         return self.cache or self.out / "cache"
@@ -152,6 +161,8 @@ def make_fabric(settings: Common) -> Fabric:
     accelerator = settings.device
     if accelerator == "auto":
         accelerator = "cuda" if torch.cuda.is_available() else "cpu"
+    if accelerator == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: torch finds no GPU: take cpu")
     logger = TensorBoardLogger(settings.out, name="", version="")
     fabric = Fabric(
         accelerator=accelerator,
@@ -241,16 +252,34 @@ class Run:
             path = self.settings.out / CHECKPOINT
             temporary = path.with_name(f".{path.name}.tmp")
             parts = {name: getattr(self, name).state_dict() for name in PARTS}
-            state = {"spent_s": self.budget.seconds, "step": self.step, "best": self.best}
+            state = {
+                "spent_s": self.budget.seconds,
+                "step": self.step,
+                "best": self.best,
+                "judged_on": self._judged_on(),
+            }
             torch.save({**parts, **state}, temporary)
             temporary.replace(path)
         self.fabric.barrier()
 
     def _load(self, path: Path) -> None:
-        state = torch.load(path, weights_only=True, map_location=self.fabric.device)
-        for name in PARTS:
-            getattr(self, name).load_state_dict(state[name])
-        self.budget.spent_s, self.budget.step, self.best = state["spent_s"], state["step"], state["best"]
+        try:
+            state = torch.load(path, weights_only=True, map_location=self.fabric.device)
+            for name in PARTS:
+                getattr(self, name).load_state_dict(state[name])
+            self.budget.spent_s, self.budget.step, self.best = state["spent_s"], state["step"], state["best"]
+        except Exception as error:  # the bytes of a damaged pickle can lead to any
+            raise ValueError(
+                f"{path}: damaged, or of a run with other settings: name another --out, or remove it to start anew"
+            ) from error
+        judged_on = state.get("judged_on", self._judged_on())
+        if judged_on != self._judged_on():
+            told = f"{', '.join(judged_on[:-1])}, {judged_on[-1]} cases kept out"
+            raise ValueError(f"{path}: of a run on other data ({told}), which judged its weights: name another --out")
+
+    def _judged_on(self) -> list[str]:
+        """What the best Dice so far was measured on."""
+        return [*(folder.name for folder in self.settings.data), str(self.settings.validation)]
 
 
 def ahead(make: Callable[[int], T], first: int, workers: int) -> Iterator[T]:
@@ -272,6 +301,8 @@ def train(
     batch: of a step; this process's members of it.
     """
     if run.share() == 1:
+        if run.fabric.is_global_zero:
+            print(f"{run.settings.out}: this run's budget is spent already: nothing was done")
         return
     log(
         run,

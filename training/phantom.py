@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from training import anatomy, skeleton, thorax, viscera
 from training.anatomy import Patient
-from training.data import Annotated, Entry, write_rows
+from training.data import Annotated, Entry, refuse_others, write_rows
 from training.grid import HOST, Array, Axes, Numpy, computer
 from training.lesions import SITE_CODE, Lesion, add_lesions
 from training.scene import Canvas, render
@@ -271,6 +271,11 @@ class Settings:
     device: str = "cpu"  # what paints: "cpu", one core a job, or "cuda" or "cuda:N", by torch
 
 
+def name_of(seed: int) -> str:
+    """Of the case that is written of a phantom."""
+    return f"phantom_{seed:06d}"
+
+
 def _write_case(seed: int, settings: Settings) -> Entry:
     """Write one phantom; what is known of it."""
     rng = np.random.default_rng((PHANTOM_VERSION, seed, 7))
@@ -287,7 +292,7 @@ def _write_case(seed: int, settings: Settings) -> Entry:
         thinnest_mm=settings.thinnest_mm,
         on=computer(settings.device),
     )
-    name = f"phantom_{seed:06d}"
+    name = name_of(seed)
     write_flare(phantom, settings.out, name)
     scan, label = (settings.out / f"{place}.nii.gz" for place in (f"imagesTr/{name}_0000", f"labelsTr/{name}"))
     annotated: Annotated = "complete"
@@ -304,11 +309,14 @@ def main(settings: Settings) -> None:
     labelsTr is what annotators left, completeTr all lesions, organsTr the organ of every voxel.
     """
     computer(settings.device)
+    if settings.count < 1 or settings.seed < 0 or settings.jobs < 1:
+        raise ValueError("--count and --jobs must be 1 or more, --seed 0 or more")
     if settings.network_grid and settings.thinnest_mm:
         raise ValueError("--network-grid has slices of its own: leave --thinnest-mm out")
+    seeds = range(settings.seed, settings.seed + settings.count)
+    refuse_others(settings.out, map(name_of, seeds))
     settings.out.mkdir(parents=True, exist_ok=True)
     work = partial(_write_case, settings=settings)
-    seeds = range(settings.seed, settings.seed + settings.count)
     bar: dict[str, Any] = {"total": settings.count, "unit": "scan"}
     if settings.jobs > 1:
         # a process that was forked cannot use a device that its parent has touched

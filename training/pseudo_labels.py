@@ -102,6 +102,12 @@ def main(settings: Settings) -> None:
         raise ValueError("--data: pseudo labels are of one FLARE folder: call it once for each")
     if "WORLD_SIZE" in os.environ:
         raise ValueError("pseudo-labels trains in one process: call it without torchrun")
+    if settings.folds < 2:
+        raise ValueError(f"--folds {settings.folds}: two folds are the fewest")
+    if settings.out.resolve() in (own := settings.data[0].resolve(), *own.parents):
+        raise ValueError(
+            f"--data {settings.data[0]} lies in --out {settings.out}, which is written anew: name another --out"
+        )
     entries = read_folder(settings.data[0])
     folds = fold_of(entries, settings.folds, settings.seed)
     added = settings.out / "labels"

@@ -17,6 +17,7 @@ from google.protobuf.message import DecodeError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 
+from inference.atomic import write_whole
 from inference.fusion import FusionThresholds
 from inference.hybrid.config import HybridConfig
 from inference.slices import TISSUE_WINDOW_HU, Plane, Resize
@@ -74,7 +75,7 @@ def release(hybrid: dict[str, torch.Tensor], unet: bytes, recipe: Recipe, out: P
 
 
 def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
-    (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
+    write_whole(folder / MANIFEST, (json.dumps(manifest, indent=2, allow_nan=False) + "\n").encode())
 
 
 def metadata(path: Path) -> dict[str, Any]:

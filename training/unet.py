@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ import torch.nn.functional as F
 from monai.networks.nets import DynUNet
 from torch import Tensor, nn
 
+from inference.atomic import write_whole
 from inference.unet import UNetConfig
 
 LEVELS = 4
@@ -81,19 +83,21 @@ def export_onnx(network: nn.Module, config: UNetConfig, path: Path) -> float:
             part.__class__ = PlanesConvTranspose3d
     example = torch.rand(1, len(config.windows_hu), 16, 16, 16)
     spatial = {axis: name for axis, name in enumerate(("batch", None, "depth", "height", "width")) if name}
-    torch.onnx.export(
-        deployed,
-        (example,),
-        str(path),
-        input_names=["image"],
-        output_names=["probability"],
-        dynamic_axes={"image": spatial, "probability": spatial},
-        opset_version=OPSET,
-        dynamo=False,
-    )
-    model = onnx.load(path)
+    with tempfile.TemporaryDirectory() as folder:
+        written = Path(folder) / path.name
+        torch.onnx.export(
+            deployed,
+            (example,),
+            str(written),
+            input_names=["image"],
+            output_names=["probability"],
+            dynamic_axes={"image": spatial, "probability": spatial},
+            opset_version=OPSET,
+            dynamo=False,
+        )
+        model = onnx.load(written)
     onnx.helper.set_model_props(model, {CONFIG: json.dumps(config.to_dict())})
-    onnx.save(model, path)
+    write_whole(path, model.SerializeToString())
     return check_parity(module, path, torch.rand(1, len(config.windows_hu), 16, 24, 40))
 
 

@@ -39,6 +39,7 @@ class Settings(Common):
     weights: Path | None = None  # unet.safetensors of another run to start from
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_sides(self.patch)
         check_sides(self.small)
 

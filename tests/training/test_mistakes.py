@@ -1,0 +1,178 @@
+"""What users do by mistake costs one sentence that names the file and the mend, and never a file of theirs."""
+
+from __future__ import annotations
+
+import csv
+import sys
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+from training import __main__ as command_line
+from training import calibration, implant, phantom, pseudo_labels
+from training.data import link, load_case, read_folder
+from training.loop import Common
+from training.unet_training import Settings
+from training.unet_training import main as train_unet
+
+SHAPE = (24, 20, 8)  # x, y, z of the file
+TINY = {"steps": 1, "validation": 1, "validations": 1, "device": "cpu", "workers": 0, "features": 4, "batch": 1,
+        "patch": (16, 32, 32), "small": (16, 32, 32)}  # fmt: skip
+
+
+def write(path: Path, array: np.ndarray) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    nib.save(nib.Nifti1Image(array, np.diag([4.0, 4.0, 6.0, 1.0])), path)
+
+
+def a_label() -> np.ndarray:
+    label = np.zeros(SHAPE, np.uint8)
+    label[8:14, 8:12, 3:6] = 1
+    return label
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Four scans of noise in a body, all with a lesion."""
+    rng = np.random.default_rng(0)
+    for name in "abcd":
+        hu = np.full(SHAPE, -1000, np.int16)
+        hu[2:-2, 2:-2] = rng.normal(40, 10, (20, 16, 8))
+        write(tmp_path / f"flare/imagesTr/{name}_0000.nii.gz", hu)
+        write(tmp_path / f"flare/labelsTr/{name}.nii.gz", a_label())
+    return tmp_path / "flare"
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (lambda label: label.astype(np.int16) - 1, "no whole numbers from 0 to 255"),
+        (lambda label: label.astype(np.int16) * 256, "no whole numbers from 0 to 255"),
+        (lambda label: label.astype(np.float32) * 0.9999, "no whole numbers from 0 to 255"),
+        (lambda label: np.where(label, 1, np.nan).astype(np.float32), "no whole numbers from 0 to 255"),
+        (lambda label: label * 2, "holds the labels 2: write a mask of the lesions alone, as 1"),
+    ],
+    ids=["negative", "256", "fraction", "nan", "two"],
+)
+def test_labels_that_are_none(folder: Path, change, told: str) -> None:
+    write(folder / "labelsTr/b.nii.gz", change(a_label()))
+    entries = {entry.name: entry for entry in read_folder(folder)}
+    with pytest.raises(ValueError, match=told) as error:
+        load_case(entries["b"])
+    assert "b.nii.gz" in str(error.value)
+    assert load_case(entries["a"]).label.sum() == a_label().sum()
+
+
+def test_scans_are_never_replaced_by_links(folder: Path, tmp_path: Path) -> None:
+    before = files(folder)
+    with pytest.raises(ValueError, match="would be lost"):
+        link(read_folder(folder), folder)
+    for out in (tmp_path, folder):
+        with pytest.raises(ValueError, match="name another --out"):
+            pseudo_labels.main(pseudo_labels.Settings((folder,), out))
+    with pytest.raises(ValueError, match="two folds are the fewest"):
+        pseudo_labels.main(pseudo_labels.Settings((folder,), tmp_path / "out", folds=1))
+    assert files(folder) == before
+    for _ in range(2):  # links of an earlier time are replaced
+        link(read_folder(folder), tmp_path / "linked")
+    assert files(tmp_path / "linked").keys() == before.keys() | {"cases.csv"}
+
+
+def test_rows_of_other_scans_are_not_lost(folder: Path) -> None:
+    before = files(folder)
+    with pytest.raises(ValueError, match=r"holds other scans already \(a\): name another --out"):
+        phantom.main(phantom.Settings(folder, 1, network_grid=True))
+    with pytest.raises(ValueError, match=r"holds other scans already \(a\)"):
+        implant.main(implant.Settings(folder, folder, 1))
+    assert files(folder) == before
+    for wrong in ({"count": 0}, {"count": 1, "seed": -1}, {"count": 1, "jobs": 0}):
+        with pytest.raises(ValueError, match="must be"):
+            phantom.main(phantom.Settings(folder.parent / "new", **wrong))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("minutes", -1),
+        ("minutes", 0),
+        ("steps", -5),
+        ("validation", 0),
+        ("validations", 0),
+        ("workers", -1),
+        ("decay", 1),
+    ],
+)
+def test_budgets_that_make_no_sense(folder: Path, tmp_path: Path, name: str, value: float) -> None:
+    for settings in (Common, Settings):
+        with pytest.raises(ValueError, match=f"--{name}"):
+            settings((folder,), tmp_path / "run", **{name: value})
+
+
+def test_a_run_goes_on_with_its_own_data_and_checkpoint(folder: Path, tmp_path: Path, capsys) -> None:
+    out = tmp_path / "run"
+    train_unet(Settings((folder,), out, **TINY))
+    trained = files(out)
+    train_unet(Settings((folder,), out, **TINY))
+    assert "budget is spent already" in capsys.readouterr().out
+    other = folder.rename(tmp_path / "other")
+    with pytest.raises(ValueError, match=r"checkpoint.pt: of a run on other data \(flare, 1 cases kept out\)"):
+        train_unet(Settings((other,), out, **TINY))
+    other.rename(folder)
+    with pytest.raises(ValueError, match=r"checkpoint.pt: damaged, or of a run with other settings"):
+        train_unet(Settings((folder,), out, **{**TINY, "features": 8}))
+    whole = (out / "checkpoint.pt").read_bytes()
+    for damaged in (b"", b"text", whole[: len(whole) // 2]):
+        (out / "checkpoint.pt").write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"checkpoint.pt: damaged"):
+            train_unet(Settings((folder,), out, **TINY))
+    now = files(out)
+    assert {name: now[name] for name in ("unet.onnx", "unet.safetensors")} == {
+        name: trained[name] for name in ("unet.onnx", "unet.safetensors")
+    }
+    assert not [name for name in now if "tmp" in name or "part" in name]
+
+
+def test_tables_as_spreadsheets_write_them(folder: Path) -> None:
+    def table(text: str, encoding: str) -> None:
+        (folder / "cases.csv").write_bytes(text.encode(encoding))
+
+    rows = "case, annotated, healthy, lesion_type\r\na,partial,0,liver\r\n"
+    table(rows, "utf-8-sig")
+    assert next((e.name, e.annotated) for e in read_folder(folder)) == ("a", "partial")
+    table(rows.replace("liver", "Nière"), "latin-1")
+    with pytest.raises(ValueError, match=r"cases.csv: not in UTF-8: save it as CSV in UTF-8"):
+        read_folder(folder)
+    table(rows.replace(",", ";"), "utf-8")
+    with pytest.raises(ValueError, match=r"cases.csv: no column .* with commas between them"):
+        read_folder(folder)
+
+
+def test_thresholds_are_not_chosen_on_nothing(folder: Path, random_weights: Path) -> None:
+    manifest = (random_weights / "manifest.json").read_bytes()
+    for annotated, healthy, told in (("partial", 0, "annotated completely"), ("complete", 1, "no scan has a lesion")):
+        with (folder / "cases.csv").open("w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(["case", "annotated", "healthy", "lesion_type"])
+            writer.writerows([name, annotated, healthy, ""] for name in "abcd")
+        if healthy:
+            for name in "abcd":
+                write(folder / f"labelsTr/{name}.nii.gz", 0 * a_label())
+        with pytest.raises(ValueError, match=told):
+            calibration.main(calibration.Settings((folder,), random_weights))
+    assert (random_weights / "manifest.json").read_bytes() == manifest
+
+
+def test_an_interrupt_is_one_line(monkeypatch, capsys) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(command_line.tyro.extras, "subcommand_cli_from_dict", interrupted)
+    monkeypatch.setattr(sys, "argv", ["training", "phantoms"])
+    assert command_line.main() == 130
+    assert capsys.readouterr().err.count("\n") == 1
