@@ -6,6 +6,7 @@ phantoms, implant → pseudo-labels → hybrid, unet → release → calibrate; 
 
 from __future__ import annotations
 
+import signal
 import sys
 from collections.abc import Callable
 
@@ -41,4 +42,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that processes of its own end with it
     sys.exit(main())

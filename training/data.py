@@ -24,6 +24,7 @@ from training.organs import UNKNOWN
 Annotated = Literal["complete", "partial", "none"]
 SHORT: dict[str, Annotated] = {"1": "complete", "0": "none"}
 COLUMNS = ("case", "annotated", "healthy", "lesion_type")
+LEAST_RANGE_HU = 50  # of a scan: fat and muscle alone are further apart
 PSEUDO = 255  # in a label: a lesion that a network added, not an annotator
 
 
@@ -78,10 +79,16 @@ class Case:
 
 def read_folder(folder: Path) -> list[Entry]:
     """The scans of a folder, by name. ValueError that lists every case whose files and `cases.csv` do not agree."""
-    scans = {case_name(path): path for path in sorted((folder / "imagesTr").glob("*")) if is_scan(path)}
     problems: list[str] = []
+    scans: dict[str, Path] = {}
+    for path in sorted((folder / "imagesTr").glob("*")):
+        if is_scan(path) and scans.setdefault(case_name(path), path) != path:
+            problems.append(f"{case_name(path)}: twice in imagesTr, as {scans[case_name(path)].name} and {path.name}")
     rows = _rows(folder / "cases.csv", problems)
     problems += [f"{name}: in cases.csv, but imagesTr has no such scan" for name in rows if name not in scans]
+    labels = [path for path in sorted((folder / "labelsTr").glob("*")) if is_scan(path)]
+    strange = [path.name for path in labels if path.name not in {f"{name}.nii.gz" for name in scans}]
+    problems += [f"labelsTr/{name}: no scan in imagesTr has a mask of this name (X.nii.gz)" for name in strange]
     entries = []
     for name, scan in scans.items():
         try:
@@ -222,6 +229,10 @@ def refuse_organs(label: NDArray[np.uint8], path: Path) -> None:
 def load_case(entry: Entry) -> Case:
     """Read scan, label and organs, which must lie on the same grid. ValueError, also where the label is not as said."""
     volume = read_volume(entry.scan)
+    if np.ptp(volume.hu) < LEAST_RANGE_HU:
+        raise ValueError(
+            f"{entry.scan}: {volume.hu.min()} to {volume.hu.max()} are no HU of a body: export the scan again"
+        )
     label = np.zeros(volume.hu.shape, np.uint8)
     if entry.label:
         label = read_label(entry.label, volume.geometry)

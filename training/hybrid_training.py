@@ -26,11 +26,12 @@ from training.hybrid_data import SliceCase, Stacks, StackSampler, slice_cases
 from training.loop import Common, Run, Task, load_weights, save_weights, train
 from training.losses import CLASSIFIER_WEIGHT, annealed_weight, dice, hybrid_loss, mask_loss
 from training.organs import OrganHeads
-from training.sam_checkpoint import load_sam
+from training.sam_checkpoint import load_sam, read_sam
 from training.sources import scores_by_source
 from training.unet import CONFIG
 
 VALIDATION_STACK = 16  # slices
+CROP_STEP = 16  # pixels, which the CNN halves four times
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,13 @@ class Settings(Common):
     classifier_weight: float = CLASSIFIER_WEIGHT  # of its cross-entropy; the paper's suits the paper's 80 epochs
     sam_checkpoint: Path | None = None  # official sam_vit_b weights to start from, for `base` and `paper`
     weights: Path | None = None  # hybrid.safetensors of another run to start from
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if min(self.stacks, self.targets, self.crop_stacks) < 1:
+            raise ValueError("--stacks, --targets and --crop-stacks must be 1 or more")
+        if self.crop % CROP_STEP or not CROP_STEP <= self.crop <= IMAGE_SIZE:
+            raise ValueError(f"--crop {self.crop}: give a multiple of {CROP_STEP} up to {IMAGE_SIZE}")
 
     @property
     def config(self) -> HybridConfig:
@@ -92,7 +100,7 @@ def start(settings: Settings) -> Run:
     torch.manual_seed(settings.seed)
     network = channels_last(Hybrid(settings.config))
     if settings.sam_checkpoint:
-        load_sam(network, torch.load(settings.sam_checkpoint, weights_only=True, map_location="cpu"))
+        load_sam(network, read_sam(settings.sam_checkpoint))
     if settings.weights:
         load_weights(network, settings.weights)
     task = HybridTask(network, settings.classifier_weight, settings.lesion_weight)

@@ -8,6 +8,7 @@ completed labels); the rules of what is added are ours.
 
 from __future__ import annotations
 
+import json
 import os
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -19,6 +20,7 @@ from safetensors.torch import load_file
 from scipy.ndimage import binary_dilation
 from tqdm import tqdm
 
+from inference.atomic import write_whole
 from inference.hybrid.model import Hybrid, channels_last
 from inference.hybrid.predict import predict_slices
 from inference.hybrid.torch_engine import TorchHybrid
@@ -26,7 +28,7 @@ from inference.pipeline import slice_source, voxel_volume_ml
 from inference.slices import SliceGrid
 from inference.volume import read_label, read_volume, write_label
 from training import hybrid_training
-from training.data import PSEUDO, Entry, link, read_folder
+from training.data import PSEUDO, Entry, link, read_folder, refuse_organs
 
 TOUCH = np.ones((3, 3, 3), bool)
 
@@ -77,13 +79,22 @@ def write_completed(network: Hybrid, entry: Entry, settings: Settings, path: Pat
     volume = read_volume(entry.scan)
     label = np.zeros(volume.hu.shape, np.uint8)
     if entry.label:
-        label = (read_label(entry.label, volume.geometry) > 0).astype(np.uint8)
+        label = read_label(entry.label, volume.geometry)
+        refuse_organs(label, entry.label)
+        label = (label > 0).astype(np.uint8)
     grid = SliceGrid(volume.body.shape, volume.spacing_mm, settings.plane, settings.resize)
     predictions = predict_slices(TorchHybrid(network), grid, volume.body)
     source = slice_source(predictions, grid, np.eye(len(grid), dtype=np.float32))
     probability = np.stack([source(z).astype(np.float16) for z in range(len(volume.body))])
     label[volume.box] = complete(label[volume.box], probability, voxel_volume_ml(volume.spacing_mm), settings)
     write_label(label, volume.geometry, path)
+
+
+def is_older(completed: Path, entry: Entry) -> bool:
+    """Whether a completed label is still to be made: it is not there, or what was given has been changed since."""
+    if not completed.exists():
+        return True
+    return entry.label is not None and entry.label.stat().st_mtime > completed.stat().st_mtime
 
 
 def train_fold(entries: list[Entry], settings: hybrid_training.Settings) -> Hybrid:
@@ -112,9 +123,13 @@ def main(settings: Settings) -> None:
     folds = fold_of(entries, settings.folds, settings.seed)
     added = settings.out / "labels"
     added.mkdir(parents=True, exist_ok=True)
+    drawn, told = settings.out / "folds.json", {"folds": settings.folds, "seed": settings.seed}
+    if drawn.exists() and json.loads(drawn.read_text()) != told:
+        raise ValueError(f"{settings.out}: was begun with other --folds or another --seed: name another --out")
+    write_whole(drawn, json.dumps(told).encode())
     for fold in range(settings.folds):
         held_out = [e for e in entries if folds[e.name] == fold and not e.complete]
-        missing = [entry for entry in held_out if not (added / f"{entry.name}.nii.gz").exists()]
+        missing = [entry for entry in held_out if is_older(added / f"{entry.name}.nii.gz", entry)]
         if not missing:
             continue
         others = [entry for entry in entries if folds[entry.name] != fold and entry.teaches]

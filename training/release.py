@@ -83,7 +83,7 @@ def metadata(path: Path) -> dict[str, Any]:
     said: dict[str, Any] = {}
     try:
         if path.suffix == ".onnx":
-            said = {entry.key: entry.value for entry in onnx.load(path).metadata_props}
+            said = {entry.key: entry.value for entry in onnx.load(path, load_external_data=False).metadata_props}
         else:
             with safe_open(path, "pt") as file:
                 said = file.metadata() or {}

@@ -8,6 +8,7 @@ token further means the same). SAM's pixel normalisation is folded into the patc
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +24,16 @@ UNUSED = (  # no mask prompts, no quality head, mask token 0 only
     "mask_decoder.iou_prediction_head.",
     *(f"mask_decoder.output_hypernetworks_mlps.{i}." for i in (1, 2, 3)),
 )
+
+
+def read_sam(path: Path) -> Mapping[str, Tensor]:
+    """The tensors of a checkpoint file. ValueError where it is none."""
+    try:
+        return dict(torch.load(path, weights_only=True, map_location="cpu"))
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # the bytes of another file can lead to any
+        raise ValueError(f"{path}: cannot be read as a checkpoint: give an official sam_vit_b checkpoint") from error
 
 
 def load_sam(model: Hybrid, sam: Mapping[str, Tensor]) -> list[str]:

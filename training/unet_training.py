@@ -40,6 +40,8 @@ class Settings(Common):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if min(self.features, self.batch) < 1:
+            raise ValueError("--features and --batch must be 1 or more")
         check_sides(self.patch)
         check_sides(self.small)
 

@@ -52,7 +52,7 @@ def load_onnx(network: nn.Module, path: Path, images: Iterable[Tensor]) -> None:
 
 def _stored(path: Path) -> list[Weights]:
     """Weight and bias of each convolution, in the order in which they run."""
-    graph = onnx.load(path).graph
+    graph = onnx.load(path, load_external_data=False).graph
     values = {tensor.name: tensor for tensor in graph.initializer}
     found: list[Weights] = []
     halves: list[Tensor] = []  # of a transposed convolution that is two in 2-D, as `PlanesConvTranspose3d`

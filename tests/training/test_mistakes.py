@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import nibabel as nib
@@ -11,8 +13,8 @@ import numpy as np
 import pytest
 
 from training import __main__ as command_line
-from training import calibration, implant, phantom, pseudo_labels
-from training.data import link, load_case, read_folder
+from training import calibration, hybrid_training, implant, phantom, pseudo_labels, release
+from training.data import Entry, link, load_case, read_folder
 from training.loop import Common
 from training.unet_training import Settings
 from training.unet_training import main as train_unet
@@ -142,7 +144,7 @@ def test_tables_as_spreadsheets_write_them(folder: Path) -> None:
     def table(text: str, encoding: str) -> None:
         (folder / "cases.csv").write_bytes(text.encode(encoding))
 
-    rows = "case, annotated, healthy, lesion_type\r\na,partial,0,liver\r\n"
+    rows = "case, annotated, healthy, lesion_type\r\n" + "".join(f"{name},partial,0,liver\r\n" for name in "abcd")
     table(rows, "utf-8-sig")
     assert next((e.name, e.annotated) for e in read_folder(folder)) == ("a", "partial")
     table(rows.replace("liver", "Nière"), "latin-1")
@@ -151,6 +153,75 @@ def test_tables_as_spreadsheets_write_them(folder: Path) -> None:
     table(rows.replace(",", ";"), "utf-8")
     with pytest.raises(ValueError, match=r"cases.csv: no column .* with commas between them"):
         read_folder(folder)
+
+
+def test_files_that_do_not_belong_together_are_listed(folder: Path) -> None:
+    """All in one error; without a table, scans need no label."""
+    (folder / "labelsTr/d.nii.gz").unlink()
+    assert [entry.label is None for entry in read_folder(folder)] == [False, False, False, True]
+    write(folder / "labelsTr/d.nii", a_label())
+    write(folder / "labelsTr/e.nii.gz", a_label())
+    write(folder / "imagesTr/c.nii.gz", a_label())
+    (folder / "cases.csv").write_text("case,annotated,healthy,lesion_type\na,complete,0,\nc,complete,0,\nf,none,0,\n")
+    with pytest.raises(ValueError, match="mend or remove these cases") as error:
+        read_folder(folder)
+    told = str(error.value).splitlines()[1:]
+    assert [line.split(":")[0].strip() for line in told] == ["c", "f", "labelsTr/d.nii", "labelsTr/e.nii.gz"]
+
+
+@pytest.mark.parametrize("unit", [1000, 3000], ids=["thousandths", "less"])
+def test_scans_that_are_no_hu(folder: Path, unit: int) -> None:
+    scan = folder / "imagesTr/a_0000.nii.gz"
+    write(scan, (np.asarray(nib.load(scan).dataobj) / unit).astype(np.float32))
+    entry = next(iter(read_folder(folder)))
+    with pytest.raises(ValueError, match=r"a_0000.nii.gz: -?\d+ to \d+ are no HU|holds no HU"):
+        load_case(entry)
+
+
+def test_completed_labels_follow_the_given_ones(folder: Path, tmp_path: Path, monkeypatch) -> None:
+    """A label that is changed is completed anew; folds are not drawn otherwise in the middle of the work."""
+    (folder / "cases.csv").write_text(
+        "case,annotated,healthy,lesion_type\n" + "".join(f"{name},partial,0,\n" for name in "abcd")
+    )
+    asked = []
+
+    def write_completed(network: object, entry: Entry, settings: object, path: Path) -> None:
+        asked.append(entry.name)
+        assert entry.label
+        path.write_bytes(entry.label.read_bytes())
+
+    monkeypatch.setattr(pseudo_labels, "train_fold", lambda *_: None)
+    monkeypatch.setattr(pseudo_labels, "write_completed", write_completed)
+    settings = pseudo_labels.Settings((folder,), tmp_path / "out", folds=2)
+    pseudo_labels.main(settings)
+    pseudo_labels.main(settings)
+    assert sorted(asked) == list("abcd")
+    later = (tmp_path / "out/labels/b.nii.gz").stat().st_mtime + 5
+    write(folder / "labelsTr/b.nii.gz", 0 * a_label())
+    os.utime(folder / "labelsTr/b.nii.gz", (later, later))
+    pseudo_labels.main(settings)
+    assert asked[4:] == ["b"]
+    assert (tmp_path / "out/completed/labelsTr/b.nii.gz").read_bytes() == (folder / "labelsTr/b.nii.gz").read_bytes()
+    for change in ({"folds": 3}, {"seed": 1}):
+        with pytest.raises(ValueError, match=r"was begun with other --folds or another --seed"):
+            pseudo_labels.main(replace(settings, **change))
+
+
+@pytest.mark.parametrize("change", [{"stacks": 0}, {"targets": 0}, {"crop": 50}, {"crop": 272}, {"crop_stacks": 0}])
+def test_settings_of_the_hybrid_that_make_no_sense(folder: Path, tmp_path: Path, change: dict) -> None:
+    with pytest.raises(ValueError, match="--"):
+        hybrid_training.Settings((folder,), tmp_path / "run", **change)
+
+
+def test_files_of_another_kind(folder: Path, tmp_path: Path, random_weights: Path) -> None:
+    wrong = random_weights / "unet.onnx"
+    with pytest.raises(ValueError, match=r"unet.onnx: cannot be read as a checkpoint"):
+        hybrid_training.main(
+            hybrid_training.Settings((folder,), tmp_path / "run", sam_checkpoint=wrong, steps=1, validation=1)
+        )
+    graph = random_weights / "hybrid.onnx"
+    with pytest.raises(ValueError, match=r"hybrid.onnx: says nothing of its network"):
+        release.metadata(graph)
 
 
 def test_thresholds_are_not_chosen_on_nothing(folder: Path, random_weights: Path) -> None:
