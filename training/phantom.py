@@ -10,11 +10,12 @@
 from __future__ import annotations
 
 import multiprocessing
+from collections.abc import Generator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import nibabel as nib
 import numpy as np
@@ -244,6 +245,12 @@ def write_flare(phantom: Phantom, folder: Path | str, name: str) -> None:
         write_nifti(array, phantom.spacing_mm, Path(folder) / f"{place}.nii.gz")
 
 
+def remove_flare(folder: Path, name: str) -> None:
+    """Take away what `write_flare` wrote, or had begun to write."""
+    for place in (f"imagesTr/{name}_0000", f"labelsTr/{name}", f"completeTr/{name}", f"organsTr/{name}"):
+        (folder / f"{place}.nii.gz").unlink(missing_ok=True)
+
+
 def write_nifti(array: Array, spacing_mm: tuple[float, float, float], path: Path) -> None:
     """Write an array (z, y, x) of LPS axes; its folder is made."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -306,7 +313,8 @@ def _write_case(seed: int, settings: Settings) -> Entry:
 def main(settings: Settings) -> None:
     """Write procedural CTs with lesions as a FLARE folder, and `cases.csv`.
 
-    labelsTr is what annotators left, completeTr all lesions, organsTr the organ of every voxel.
+    labelsTr is what annotators left, completeTr all lesions, organsTr the organ of every voxel. If it is interrupted,
+    the scans that are whole stay, with their rows, without which a partial label would count as complete.
     """
     computer(settings.device)
     if settings.count < 1 or settings.seed < 0 or settings.jobs < 1:
@@ -316,13 +324,24 @@ def main(settings: Settings) -> None:
     seeds = range(settings.seed, settings.seed + settings.count)
     refuse_others(settings.out, map(name_of, seeds))
     settings.out.mkdir(parents=True, exist_ok=True)
+    entries: list[Entry] = []
+    try:
+        with closing(_written(settings, seeds)) as written:
+            for entry in tqdm(written, total=settings.count, unit="scan"):
+                entries.append(entry)
+    finally:
+        for name in {name_of(seed) for seed in seeds} - {entry.name for entry in entries}:
+            remove_flare(settings.out, name)
+        write_rows(settings.out, entries)
+
+
+def _written(settings: Settings, seeds: range) -> Generator[Entry]:
+    """Every phantom as it is written, by as many processes as asked for, which have ended when this has."""
     work = partial(_write_case, settings=settings)
-    bar: dict[str, Any] = {"total": settings.count, "unit": "scan"}
-    if settings.jobs > 1:
-        # a process that was forked cannot use a device that its parent has touched
-        start = multiprocessing.get_context("fork" if settings.device == "cpu" else "spawn")
-        with ProcessPoolExecutor(settings.jobs, start) as pool:
-            entries = list(tqdm(pool.map(work, seeds), **bar))
-    else:
-        entries = list(tqdm(map(work, seeds), **bar))
-    write_rows(settings.out, entries)
+    if settings.jobs == 1:
+        yield from map(work, seeds)
+        return
+    # a process that was forked cannot use a device that its parent has touched
+    start = multiprocessing.get_context("fork" if settings.device == "cpu" else "spawn")
+    with ProcessPoolExecutor(settings.jobs, start) as pool:
+        yield from pool.map(work, seeds)

@@ -98,6 +98,29 @@ def test_rows_of_other_scans_are_not_lost(folder: Path) -> None:
             phantom.main(phantom.Settings(folder.parent / "new", **wrong))
 
 
+def write_case(seed: int, settings: phantom.Settings) -> Entry:
+    name = phantom.name_of(seed)
+    for place in (f"imagesTr/{name}_0000", f"labelsTr/{name}"):
+        write(settings.out / f"{place}.nii.gz", a_label())
+    if seed == 7:
+        raise KeyboardInterrupt
+    return Entry(name, settings.out / f"imagesTr/{name}_0000.nii.gz", None, None, "partial")
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_an_interrupted_folder_of_phantoms_is_whole(tmp_path: Path, monkeypatch, jobs: int) -> None:
+    """Two scans are done, another one is half-written, when the third comes to an end that is none."""
+
+    monkeypatch.setattr(phantom, "_write_case", write_case)
+    with pytest.raises(KeyboardInterrupt):
+        phantom.main(phantom.Settings(tmp_path, 8, seed=5, jobs=jobs))
+    assert [(entry.name, entry.annotated) for entry in read_folder(tmp_path)] == [
+        ("phantom_000005", "partial"),
+        ("phantom_000006", "partial"),
+    ]
+    assert len(list(tmp_path.rglob("*.nii.gz"))) == 4
+
+
 @pytest.mark.parametrize(
     ("name", "value"),
     [
