@@ -196,7 +196,8 @@ def test_an_interrupt_ends_what_was_started(tmp_path: Path) -> None:
     runner = LocalCommand(tuple(shlex.split(script(tmp_path, f'echo $$ > "{tmp_path}/group"; sleep 600'))), None)
 
     def interrupt() -> None:
-        while not (tmp_path / "group").exists():
+        group = tmp_path / "group"
+        while not (group.exists() and group.read_text().endswith("\n")):  # it is there before it is written
             time.sleep(0.01)
         os.kill(os.getpid(), signal.SIGINT)
 
