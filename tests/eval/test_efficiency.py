@@ -199,6 +199,7 @@ def test_an_interrupt_ends_what_was_started(tmp_path: Path) -> None:
         group = tmp_path / "group"
         while not (group.exists() and group.read_text().endswith("\n")):  # it is there before it is written
             time.sleep(0.01)
+        time.sleep(1)  # on a busy machine the child can be so far before its parent knows of it
         os.kill(os.getpid(), signal.SIGINT)
 
     threading.Thread(target=interrupt, daemon=True).start()
