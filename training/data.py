@@ -18,7 +18,7 @@ from typing import Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from inference.volume import case_name, is_scan, read_label, read_volume
+from inference.volume import Geometry, case_name, is_scan, read_label, read_volume
 from training.organs import UNKNOWN
 
 Annotated = Literal["complete", "partial", "none"]
@@ -86,8 +86,8 @@ def read_folder(folder: Path) -> list[Entry]:
             problems.append(f"{case_name(path)}: twice in imagesTr, as {scans[case_name(path)].name} and {path.name}")
     rows = _rows(folder / "cases.csv", problems)
     problems += [f"{name}: in cases.csv, but imagesTr has no such scan" for name in rows if name not in scans]
-    labels = [path for path in sorted((folder / "labelsTr").glob("*")) if is_scan(path)]
-    strange = [path.name for path in labels if path.name not in {f"{name}.nii.gz" for name in scans}]
+    labels = {path.name for path in (folder / "labelsTr").glob("*") if is_scan(path)}
+    strange = sorted(labels - {f"{name}.nii.gz" for name in scans})
     problems += [f"labelsTr/{name}: no scan in imagesTr has a mask of this name (X.nii.gz)" for name in strange]
     entries = []
     for name, scan in scans.items():
@@ -216,14 +216,14 @@ def _existing(path: Path) -> Path | None:
     return path if path.exists() else None
 
 
-def refuse_organs(label: NDArray[np.uint8], path: Path) -> None:
-    """ValueError where a label holds anything but 0, 1 and `PSEUDO`: of several structures, which are lesions?"""
-    others = [
-        value for value in np.flatnonzero(np.bincount(label.ravel(), minlength=256)) if value not in (0, 1, PSEUDO)
-    ]
-    if others:
+def read_lesions(path: Path, geometry: Geometry) -> NDArray[np.uint8]:
+    """A label of 0, 1 and `PSEUDO`, canonical (z, y, x). ValueError for others: which structures are lesions?"""
+    label = read_label(path, geometry)
+    others = np.unique(label[(label > 1) & (label != PSEUDO)])
+    if len(others):
         told = ", ".join(str(value) for value in others[:5])
         raise ValueError(f"{path}: holds the labels {told}: write a mask of the lesions alone, as 1")
+    return label
 
 
 def load_case(entry: Entry) -> Case:
@@ -235,8 +235,7 @@ def load_case(entry: Entry) -> Case:
         )
     label = np.zeros(volume.hu.shape, np.uint8)
     if entry.label:
-        label = read_label(entry.label, volume.geometry)
-        refuse_organs(label, entry.label)
+        label = read_lesions(entry.label, volume.geometry)
     if entry.healthy and label.any():
         count = np.count_nonzero(label)
         raise ValueError(f"{entry.label}: {count} voxels of lesion in a scan that cases.csv calls healthy")

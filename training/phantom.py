@@ -46,6 +46,12 @@ CHEST_PARTS = (anatomy.add_table, anatomy.add_wall, thorax.add_wall, anatomy.add
                skeleton.add_spine, skeleton.add_ribs, thorax.add_bones)  # fmt: skip
 
 
+def refuse_thinnest(thinnest_mm: float) -> None:
+    """ValueError where every slice is thinner."""
+    if thinnest_mm > max(SLICES_MM):
+        raise ValueError(f"--thinnest-mm {thinnest_mm:g}: no slice is thicker than {max(SLICES_MM):g} mm")
+
+
 @dataclass(frozen=True)
 class Scanner:
     """How the scene is scanned: grid, noise and sharpness."""
@@ -75,8 +81,7 @@ class Scanner:
 
         Drawn again while its slices are thinner than `thinnest_mm`. ValueError where all are.
         """
-        if thinnest_mm > max(SLICES_MM):
-            raise ValueError(f"--thinnest-mm {thinnest_mm:g}: no slice is thicker than {max(SLICES_MM):g} mm")
+        refuse_thinnest(thinnest_mm)
         drawn = cls._random(rng)
         while drawn.spacing_mm[0] < thinnest_mm:
             drawn = cls._random(rng)
@@ -235,20 +240,21 @@ def _scan(rng: np.random.Generator, canvas: Canvas, scanner: Scanner, patient: P
 
 def write_flare(phantom: Phantom, folder: Path | str, name: str) -> None:
     """Write `imagesTr/NAME_0000.nii.gz` (int16 HU) and `NAME.nii.gz` in labelsTr, completeTr and organsTr (uint8)."""
-    arrays = {
-        f"imagesTr/{name}_0000": phantom.hu,
-        f"labelsTr/{name}": phantom.lesions,
-        f"completeTr/{name}": phantom.lesions,
-        f"organsTr/{name}": phantom.organs,
-    }
-    for place, array in arrays.items():
-        write_nifti(array, phantom.spacing_mm, Path(folder) / f"{place}.nii.gz")
+    arrays = (phantom.hu, phantom.lesions, phantom.lesions, phantom.organs)
+    for path, array in zip(_files(Path(folder), name), arrays, strict=True):
+        write_nifti(array, phantom.spacing_mm, path)
 
 
 def remove_flare(folder: Path, name: str) -> None:
     """Take away what `write_flare` wrote, or had begun to write."""
-    for place in (f"imagesTr/{name}_0000", f"labelsTr/{name}", f"completeTr/{name}", f"organsTr/{name}"):
-        (folder / f"{place}.nii.gz").unlink(missing_ok=True)
+    for path in _files(folder, name):
+        path.unlink(missing_ok=True)
+
+
+def _files(folder: Path, name: str) -> list[Path]:
+    """Of the scan, its label, the complete one and the organs."""
+    places = (f"imagesTr/{name}_0000", f"labelsTr/{name}", f"completeTr/{name}", f"organsTr/{name}")
+    return [folder / f"{place}.nii.gz" for place in places]
 
 
 def write_nifti(array: Array, spacing_mm: tuple[float, float, float], path: Path) -> None:
@@ -319,6 +325,7 @@ def main(settings: Settings) -> None:
     computer(settings.device)
     if settings.count < 1 or settings.seed < 0 or settings.jobs < 1:
         raise ValueError("--count and --jobs must be 1 or more, --seed 0 or more")
+    refuse_thinnest(settings.thinnest_mm)
     if settings.network_grid and settings.thinnest_mm:
         raise ValueError("--network-grid has slices of its own: leave --thinnest-mm out")
     seeds = range(settings.seed, settings.seed + settings.count)

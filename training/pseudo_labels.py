@@ -26,9 +26,9 @@ from inference.hybrid.predict import predict_slices
 from inference.hybrid.torch_engine import TorchHybrid
 from inference.pipeline import slice_source, voxel_volume_ml
 from inference.slices import SliceGrid
-from inference.volume import read_label, read_volume, write_label
+from inference.volume import read_volume, write_label
 from training import hybrid_training
-from training.data import PSEUDO, Entry, link, read_folder, refuse_organs
+from training.data import PSEUDO, Entry, link, read_folder, read_lesions
 
 TOUCH = np.ones((3, 3, 3), bool)
 
@@ -79,9 +79,7 @@ def write_completed(network: Hybrid, entry: Entry, settings: Settings, path: Pat
     volume = read_volume(entry.scan)
     label = np.zeros(volume.hu.shape, np.uint8)
     if entry.label:
-        label = read_label(entry.label, volume.geometry)
-        refuse_organs(label, entry.label)
-        label = (label > 0).astype(np.uint8)
+        label = (read_lesions(entry.label, volume.geometry) > 0).astype(np.uint8)
     grid = SliceGrid(volume.body.shape, volume.spacing_mm, settings.plane, settings.resize)
     predictions = predict_slices(TorchHybrid(network), grid, volume.body)
     source = slice_source(predictions, grid, np.eye(len(grid), dtype=np.float32))

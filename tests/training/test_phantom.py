@@ -186,6 +186,7 @@ def test_thin_slices_can_be_left_out(tmp_path: Path) -> None:
         main(Settings(tmp_path, 1, thinnest_mm=6.0))
     with pytest.raises(ValueError, match="leave --thinnest-mm out"):
         main(Settings(tmp_path, 1, thinnest_mm=3.0, network_grid=True))
+    assert not any(tmp_path.iterdir())  # nothing is touched before what was asked for is known to make sense
     main(Settings(tmp_path, 1, seed=2, healthy_share=1.0, thinnest_mm=5.0))
     (scan,) = (tmp_path / "imagesTr").iterdir()
     assert nib.load(scan).header.get_zooms()[2] == 5
