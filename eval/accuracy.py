@@ -24,11 +24,12 @@ from tqdm import tqdm
 
 from .cases import MASK_SUFFIX, case_of, files_by_case, write_json, write_table
 from .lesions import Detection, detect
-from .masks import Mask, check_same_grid, check_same_shape, read_mask
+from .masks import WHOLE_FLOATS, Mask, check_same_grid, check_same_shape, read_mask
 from .scores import TOLERANCE_MM, Score, score
 from .statistics import spread
 
 OFFICIAL_COLUMNS = ("Name", "Lesion_DSC", "Lesion_NSD")
+OF_REFERENCE = "reference: "  # begins the notes that are no fault of the prediction
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,11 @@ class CaseAccuracy:
     @property
     def official(self) -> dict[str, Any]:
         return dict(zip(OFFICIAL_COLUMNS, (self.name, self.dsc, self.nsd), strict=True))
+
+    @property
+    def costs_points(self) -> bool:
+        """Whether there is no mask, or graders read another one than was meant."""
+        return self.missing or any(note != WHOLE_FLOATS and not note.startswith(OF_REFERENCE) for note in self.notes)
 
 
 def measure(prediction: Path | None, reference: Path, tolerance_mm: float, ignore_geometry: bool) -> CaseAccuracy:
@@ -91,7 +97,7 @@ def _row(scored: Score, found: Mask, truth: Mask, missing: bool) -> CaseAccuracy
         found=detection.found,
         predicted_lesions=detection.predicted,
         false_positives=detection.false,
-        notes=[*found.notes, *(f"reference: {note}" for note in truth.notes)],
+        notes=[*found.notes, *(f"{OF_REFERENCE}{note}" for note in truth.notes)],
     )
 
 
@@ -144,7 +150,7 @@ class Settings:
             write_results(self, [cases[case] for case in references if case in cases], errors)
         extra = sorted(set(predictions) - set(references))
         tell([cases[case] for case in sorted(cases)], errors, extra, self.out)
-        return 1 if errors or any(case.missing for case in cases.values()) else 0
+        return 1 if errors or any(case.costs_points for case in cases.values()) else 0
 
     def _results(
         self, references: dict[str, Path], predictions: dict[str, Path]

@@ -12,7 +12,8 @@ import subprocess
 import threading
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Protocol
@@ -209,9 +210,31 @@ def _names(outputs: Path) -> list[str]:
 
 def _execute(runner: Runner, argv: Sequence[str], name: str, timeout_s: float) -> tuple[int | None, float, str]:
     """Exit code (None: killed), wall time, and what it printed. The wait blocks: polling would round the time up."""
-    expired = threading.Event()
-    start_s = time.monotonic()
-    process = subprocess.Popen(
+    expired, start_s = threading.Event(), time.monotonic()
+    process: subprocess.Popen[bytes] | None = None
+
+    def end() -> None:
+        if process is not None:
+            _end(process, runner, name)
+
+    def expire() -> None:
+        expired.set()
+        end()
+
+    try:
+        with _interrupt_held():  # until the process is known, an interrupt would leave it behind
+            process = _start(runner, argv)
+        assert process.stdout is not None
+        output = _Output(process.stdout)
+        time_s = _wait(process, timeout_s, expire) - start_s
+    finally:
+        end()
+    return None if expired.is_set() else process.returncode, time_s, output.text()
+
+
+def _start(runner: Runner, argv: Sequence[str]) -> subprocess.Popen[bytes]:
+    """The process, in a group of its own."""
+    return subprocess.Popen(
         argv,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
@@ -219,28 +242,48 @@ def _execute(runner: Runner, argv: Sequence[str], name: str, timeout_s: float) -
         env=runner.environment(),
         start_new_session=True,
     )
-    assert process.stdout is not None
-    output = _Output(process.stdout)
 
-    def end() -> None:
-        expired.set()
-        try:
-            runner.stop(name)
-        finally:
-            _kill_group(process)
 
-    timer = threading.Timer(timeout_s, end)
+def _wait(process: subprocess.Popen[bytes], timeout_s: float, expire: Callable[[], None]) -> float:
+    """The moment at which the process has ended; `expire` is called where that takes too long."""
+    timer = threading.Timer(timeout_s, expire)
     timer.start()
     try:
         process.wait()
-        time_s = time.monotonic() - start_s
+        return time.monotonic()
     finally:
         timer.cancel()
         timer.join()
-        if process.poll() is None:  # interrupted
-            end()
+
+
+@contextmanager
+def _interrupt_held() -> Iterator[None]:
+    """SIGINT that comes meanwhile is handled at the end.
+
+    Its handler is replaced, not the signal blocked: another thread would take that, and a child would inherit it. Only
+    the main thread can, and only there would the handler raise anything.
+    """
+    handler = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(handler):
+        yield
+        return
+    came: list[int] = []
+    signal.signal(signal.SIGINT, lambda number, _: came.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+        if came:
+            handler(signal.SIGINT, None)
+
+
+def _end(process: subprocess.Popen[bytes], runner: Runner, name: str) -> None:
+    """What runs of it is stopped: by the runner where the process has not ended by itself, and then its group."""
+    try:
+        if process.poll() is None:
+            runner.stop(name)
+    finally:
         _kill_group(process)
-    return None if expired.is_set() else process.returncode, time_s, output.text()
 
 
 def _kill_group(process: subprocess.Popen[bytes]) -> None:

@@ -21,6 +21,7 @@ UNREADABLE = (
     ImageFileError,
     HeaderDataError,
 )  # nibabel, of a file
+WHOLE_FLOATS = "stored as floats"  # the one note of a mask that is read as it was meant
 GRID_TOLERANCE_MM = 1e-2  # of any corner of the volume; headers keep float32
 
 
@@ -81,7 +82,7 @@ def _notes(stored: NDArray[Any]) -> tuple[str, ...]:
         notes.append(f"negative labels (down to {stored.min():g})")
     if stored.dtype.kind == "f":
         whole = np.nan_to_num(stored) == np.trunc(np.nan_to_num(stored))
-        notes.append("stored as floats" if whole.all() else "fractions, which are cut off (0.9999 counts as 0)")
+        notes.append(WHOLE_FLOATS if whole.all() else "fractions, which are cut off (0.9999 counts as 0)")
     return tuple(notes)
 
 

@@ -108,6 +108,31 @@ def test_labels_above_one_score_nothing_and_are_told(folders, capsys) -> None:
     assert "half.nii.gz: labels above 1 (up to 2)" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("stored", "code"),
+    [
+        (np.array([0, 1], np.uint8), 0),
+        (np.array([0, 1], np.float32), 0),  # told, but read as it was meant
+        (np.array([0, 0.9999], np.float32), 1),
+        (np.array([0, 2], np.uint8), 1),
+        (np.array([0, -1], np.int8), 1),
+    ],
+    ids=["mask", "whole floats", "fractions", "label 2", "negative"],
+)
+def test_what_costs_points_is_told_by_the_exit_code(tmp_path: Path, stored: np.ndarray, code: int) -> None:
+    predictions, references = tmp_path / "predictions", tmp_path / "references"
+    write(references, "a", [3])
+    predictions.mkdir()
+    array = np.full((20, 2, 2), stored[0])
+    array[3, 0, 0] = stored[1]
+    nib.save(nib.Nifti1Image(array, AFFINE), predictions / "a.nii.gz")
+    assert Settings(predictions, references, out=tmp_path / "out", jobs=1).run() == code
+    write(references, "a", [3], label=2)
+    assert Settings(references, references, out=tmp_path / "out", jobs=1).run() == 1
+    write(predictions, "a", [3])
+    assert Settings(predictions, references, out=tmp_path / "out", jobs=1).run() == 0  # the reference's are no fault
+
+
 @pytest.mark.parametrize(("tolerance_mm", "higher"), [(0.0, False), (50.0, True)])
 def test_the_tolerance_is_a_setting(folders, tolerance_mm, higher) -> None:
     predictions, references, out = folders

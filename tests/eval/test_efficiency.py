@@ -8,6 +8,7 @@ import logging
 import os
 import shlex
 import signal
+import subprocess
 import threading
 import time
 from collections.abc import Iterator
@@ -199,13 +200,35 @@ def test_an_interrupt_ends_what_was_started(tmp_path: Path) -> None:
         group = tmp_path / "group"
         while not (group.exists() and group.read_text().endswith("\n")):  # it is there before it is written
             time.sleep(0.01)
-        time.sleep(1)  # on a busy machine the child can be so far before its parent knows of it
         os.kill(os.getpid(), signal.SIGINT)
 
     threading.Thread(target=interrupt, daemon=True).start()
     with pytest.raises(KeyboardInterrupt):
         run_case(runner, scans / "a_0000.nii.gz", work, system_readers(None), 60)
     assert_all_gone(int((tmp_path / "group").read_text()))
+
+
+@pytest.mark.usefixtures("interruptible")
+def test_an_interrupt_as_it_starts_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The child runs, and its parent does not know of it yet."""
+    started = []
+
+    class Interrupted(subprocess.Popen):  # type: ignore[type-arg]
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            super().__init__(*arguments, **options)
+            started.append(self.pid)
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.1)  # a signal's handler runs between two steps of Python
+
+    monkeypatch.setattr(subprocess, "Popen", Interrupted)
+    work, scans = tmp_path / "work", write_scans(tmp_path / "inputs", "a")
+    work.mkdir()
+    runner = LocalCommand(tuple(shlex.split(script(tmp_path, "sleep 600"))), None)
+    with pytest.raises(KeyboardInterrupt):
+        run_case(runner, scans / "a_0000.nii.gz", work, system_readers(None), 60)
+    assert len(started) == 1
+    assert_all_gone(started[0])
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def assert_all_gone(group: int) -> None:
