@@ -10,20 +10,22 @@ cases.
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import tyro
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from benchmarks.command_line import refuse_unknown, run_main
 from inference.pipeline import Pipeline
 from training import hybrid_training, release
 from training.calibration import SEARCHED, calibrate_all, choose_slice_gate, predict
 from training.data import Entry, load_case, read_folder
+from training.settings import refuse_less
 from training.sources import by_source, short_names
 
 FULL, HEALTHY = "full", "healthy"
@@ -66,6 +68,10 @@ class Settings:
     partial: Path | None = None  # the same scans with partial labels, as one more variant
     completed: Path | None = None  # the same with pseudo-completed labels, as one more
 
+    def __post_init__(self) -> None:
+        refuse_unknown("variants", self.variants, VARIANTS)
+        refuse_less(self, {"seeds": 0})
+
 
 def halves(entries: list[Entry]) -> tuple[list[int], list[int]]:
     """Which cases to choose on and which to judge: the patients of each folder take turns."""
@@ -80,6 +86,23 @@ def halves(entries: list[Entry]) -> tuple[list[int], list[int]]:
     return of_turn
 
 
+def judged_entries(settings: Settings) -> list[Entry]:
+    return [entry for held_out in settings.held_out for entry in read_folder(held_out) if entry.complete]
+
+
+def check_files(settings: Settings) -> None:
+    """ValueError or OSError where a file that is asked for after a training would stop it."""
+    release.metadata(settings.unet)
+    for folder in (*settings.data, settings.partial, settings.completed):
+        if folder:
+            read_folder(folder)
+    if not halves(judged_entries(settings))[1]:
+        raise ValueError(
+            f"--held-out {settings.held_out[0]}: one patient at most is annotated completely, but thresholds are "
+            "chosen on some and judged on others: add scans of others"
+        )
+
+
 def figures(settings: Settings, changes: dict[str, Any], folder: Path, seed: int) -> Figures:
     """Dice of each judged FOLDER/CASE, by network, and 1 for each `HEALTHY` one; trained unless it was before."""
     done = folder / "figures.json"
@@ -90,7 +113,7 @@ def figures(settings: Settings, changes: dict[str, Any], folder: Path, seed: int
     hybrid_training.main(hybrid_training.Settings(**{**own, "out": folder, "cache": cache, "seed": seed, **changes}))
     release.main(release.Settings(folder / "hybrid.safetensors", settings.unet, folder / "weights"))
     pipeline = Pipeline(folder / "weights")
-    entries = [entry for held_out in settings.held_out for entry in read_folder(held_out) if entry.complete]
+    entries = judged_entries(settings)
     chosen_on, judged_on = halves(entries)
     gate = choose_slice_gate(pipeline, (load_case(entries[i]) for i in chosen_on))
     cases = [predict(pipeline, load_case(entry)) for entry in tqdm(entries, desc=folder.name, unit="case")]
@@ -144,6 +167,7 @@ def rows(ours: Runs, full: Runs) -> dict[str, dict[str, dict[str, float | None]]
 
 
 def main(settings: Settings) -> None:
+    check_files(settings)
     wanted = {name: VARIANTS[name] for name in dict.fromkeys((FULL, *settings.variants))}
     for name, folder in (("partial labels", settings.partial), ("pseudo-completed labels", settings.completed)):
         if folder:
@@ -170,4 +194,4 @@ def main(settings: Settings) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Settings, description=__doc__))
+    sys.exit(run_main(main, __doc__))

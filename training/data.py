@@ -1,8 +1,8 @@
 """A folder of scans in FLARE layout, and what is annotated in it.
 
 `imagesTr/X_0000.nii.gz`, `labelsTr/X.nii.gz` where there is one, of phantoms also `organsTr/X.nii.gz`; and `cases.csv`
-(case, annotated, healthy, lesion_type and, where a patient has several scans, patient), without which every label
-counts as complete and every scan as another patient.
+(case, annotated, healthy, lesion_type and, where a patient has several scans, patient; pseudo, where `pseudo-labels`
+wrote it), without which every label counts as complete and every scan as another patient.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Entry:
 
     annotated: whether the label holds every lesion, only some, or there is none. healthy: the scan is free of lesions,
     with or without a label that says so. lesion_type: the site of the lesions, "" where nobody said. patient: "" where
-    the scan is the only one.
+    the scan is the only one. pseudo: `pseudo-labels` completed the label, which may hold `PSEUDO`.
     """
 
     name: str
@@ -45,6 +45,7 @@ class Entry:
     healthy: bool = False
     lesion_type: str = ""
     patient: str = ""
+    pseudo: bool = False
 
     @property
     def source(self) -> Path:
@@ -168,7 +169,7 @@ def _entry(folder: Path, name: str, scan: Path, row: dict[str, str] | None) -> E
         raise ValueError("said to be annotated, but labelsTr has no mask of it")
     if healthy and annotated == "partial":
         raise ValueError("healthy, and partly annotated: a healthy scan is complete")
-    known = row["lesion_type"], row.get("patient", "")
+    known = row["lesion_type"], row.get("patient", ""), row.get("pseudo") == "1"
     return Entry(name, scan, label, organs, annotated, healthy, *known)  # type: ignore[arg-type]
 
 
@@ -208,21 +209,27 @@ def write_rows(folder: Path, entries: list[Entry]) -> None:
     """Write `cases.csv`."""
     with (folder / "cases.csv").open("w", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow([*COLUMNS, "patient"])
-        writer.writerows([e.name, e.annotated, int(e.healthy), e.lesion_type, e.patient] for e in entries)
+        writer.writerow([*COLUMNS, "patient", "pseudo"])
+        writer.writerows(
+            [e.name, e.annotated, int(e.healthy), e.lesion_type, e.patient, int(e.pseudo)] for e in entries
+        )
 
 
 def _existing(path: Path) -> Path | None:
     return path if path.exists() else None
 
 
-def read_lesions(path: Path, geometry: Geometry) -> NDArray[np.uint8]:
-    """A label of 0, 1 and `PSEUDO`, canonical (z, y, x). ValueError for others: which structures are lesions?"""
+def read_lesions(path: Path, geometry: Geometry, pseudo: bool = False) -> NDArray[np.uint8]:
+    """A label of 0 and 1, canonical (z, y, x). ValueError for others: which structures are lesions?
+
+    pseudo: whether it may hold `PSEUDO` too. An annotator's mask of 0 and 255 must not pass for a network's.
+    """
     label = read_label(path, geometry)
-    others = np.unique(label[(label > 1) & (label != PSEUDO)])
+    others = np.unique(label[(label > 1) & ~(pseudo & (label == PSEUDO))])
     if len(others):
         told = ", ".join(str(value) for value in others[:5])
-        raise ValueError(f"{path}: holds the labels {told}: write a mask of the lesions alone, as 1")
+        again = ", or call pseudo-labels again if it wrote this" if PSEUDO in others else ""
+        raise ValueError(f"{path}: holds the labels {told}: write a mask of the lesions alone, as 1{again}")
     return label
 
 
@@ -235,7 +242,7 @@ def load_case(entry: Entry) -> Case:
         )
     label = np.zeros(volume.hu.shape, np.uint8)
     if entry.label:
-        label = read_lesions(entry.label, volume.geometry)
+        label = read_lesions(entry.label, volume.geometry, entry.pseudo)
     if entry.healthy and label.any():
         count = np.count_nonzero(label)
         raise ValueError(f"{entry.label}: {count} voxels of lesion in a scan that cases.csv calls healthy")

@@ -71,7 +71,7 @@ def make(entries: list[Entry], settings: Settings, index: int) -> Entry:
     annotated: Annotated = "complete" if case.entry.complete else "partial"
     healthy = case.entry.healthy and not label.any()
     patient = case.entry.patient or case.entry.name
-    return Entry(name, scan, mask, organs, annotated, healthy, case.entry.lesion_type, patient)
+    return Entry(name, scan, mask, organs, annotated, healthy, case.entry.lesion_type, patient, case.entry.pseudo)
 
 
 def random_crop(rng: np.random.Generator, case: Case) -> Case:

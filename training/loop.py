@@ -7,10 +7,12 @@ batch.
 
 from __future__ import annotations
 
+import io
 import itertools
 import json
 import math
 import os
+import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -27,15 +29,20 @@ from lightning_fabric.loggers import TensorBoardLogger
 from lightning_fabric.strategies import DDPStrategy
 from numpy.typing import NDArray
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from safetensors.torch import save as safetensors
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
+from inference.atomic import write_whole
 from training.convolution import planar
 from training.cost import metered, size
 from training.losses import LESION_WEIGHT, total
 from training.organs import OrganHeads
+from training.resume import recorded, tell_changes
+from training.settings import refuse_less
+from training.sources import refuse_shares
 
 WARM_UP = 0.02  # share of the budget
 STEP_DECAYS = 4  # of the `step` schedule, each by half
@@ -71,10 +78,9 @@ class Common:
 
     def __post_init__(self) -> None:
         """ValueError where a number makes no sense."""
-        least = {"steps": 0, "validation": 1, "validations": 1, "workers": 0, "jobs": 1, "seed": 0}
-        for name, value in least.items():
-            if getattr(self, name) < value:
-                raise ValueError(f"--{name} {getattr(self, name)}: give {value} or more")
+        refuse_less(self, {"steps": 0, "validation": 1, "validations": 1, "workers": 0, "jobs": 1, "seed": 0})
+        if self.shares:
+            refuse_shares(self.shares, len(set(self.data)))
         if self.minutes <= 0 or not 0 <= self.decay < 1:
             raise ValueError("--minutes must be more than 0, --decay from 0 to less than 1")
 
@@ -131,7 +137,18 @@ def tensors(network: nn.Module) -> dict[str, Tensor]:
 
 def save_weights(network: nn.Module, path: Path, metadata: dict[str, str] | None = None) -> None:
     """Write a network's tensors as safetensors."""
-    save_file({name: tensor.detach().contiguous() for name, tensor in tensors(network).items()}, path, metadata)
+    content = {name: tensor.detach().contiguous() for name, tensor in tensors(network).items()}
+    write_file(path, safetensors(content, metadata))
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """Write a file of a run, whole or not at all. OSError with the mend where that cannot be."""
+    try:
+        write_whole(path, content)
+    except OSError as error:
+        raise OSError(
+            f"{path}: cannot be written ({error.strerror}): make room there, and call again with the same --out"
+        ) from error
 
 
 def load_weights(network: nn.Module, path: Path) -> None:
@@ -249,17 +266,17 @@ class Run:
     def save(self) -> None:
         """Write the checkpoint, whole or not at all."""
         if self.fabric.is_global_zero:
-            path = self.settings.out / CHECKPOINT
-            temporary = path.with_name(f".{path.name}.tmp")
+            content = io.BytesIO()
             parts = {name: getattr(self, name).state_dict() for name in PARTS}
             state = {
                 "spent_s": self.budget.seconds,
                 "step": self.step,
                 "best": self.best,
                 "judged_on": self._judged_on(),
+                "settings": recorded(self.settings),
             }
-            torch.save({**parts, **state}, temporary)
-            temporary.replace(path)
+            torch.save({**parts, **state}, content)
+            write_file(self.settings.out / CHECKPOINT, content.getvalue())
         self.fabric.barrier()
 
     def _load(self, path: Path) -> None:
@@ -276,6 +293,9 @@ class Run:
         if judged_on != self._judged_on():
             told = f"{', '.join(judged_on[:-1])}, {judged_on[-1]} cases kept out"
             raise ValueError(f"{path}: of a run on other data ({told}), which judged its weights: name another --out")
+        if self.fabric.is_global_zero:
+            for sentence in tell_changes(path, state.get("settings", {}), recorded(self.settings)):
+                print(sentence, file=sys.stderr)
 
     def _judged_on(self) -> list[str]:
         """What the best Dice so far was measured on."""

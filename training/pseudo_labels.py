@@ -118,6 +118,8 @@ def main(settings: Settings) -> None:
             f"--data {settings.data[0]} lies in --out {settings.out}, which is written anew: name another --out"
         )
     entries = read_folder(settings.data[0])
+    if any(entry.pseudo for entry in entries):
+        raise ValueError(f"--data {settings.data[0]}: is completed already: name the folder that it was made of")
     folds = fold_of(entries, settings.folds, settings.seed)
     added = settings.out / "labels"
     added.mkdir(parents=True, exist_ok=True)
@@ -135,7 +137,9 @@ def main(settings: Settings) -> None:
         for entry in tqdm(missing, desc=f"fold {fold}", unit="case"):
             write_completed(network, entry, settings, added / f"{entry.name}.nii.gz")
     completed = [
-        entry if entry.complete else replace(entry, label=added / f"{entry.name}.nii.gz", annotated="partial")
+        entry
+        if entry.complete
+        else replace(entry, label=added / f"{entry.name}.nii.gz", annotated="partial", pseudo=True)
         for entry in entries
     ]
     link(completed, settings.out / "completed")

@@ -42,6 +42,12 @@ def short_names(folders: Iterable[Path]) -> dict[Path, str]:
     return {folder: folder.name if ends.count(folder.name) == 1 else str(folder) for folder in folders}
 
 
+def refuse_shares(shares: tuple[float, ...], folders: int) -> None:
+    """ValueError where so many folders cannot have these shares of a batch."""
+    if len(shares) != folders or not all(0 < share < np.inf for share in shares):
+        raise ValueError(f"--shares: give one positive number for each of the {folders} folders of --data")
+
+
 class Sources(Generic[T]):
     """Draws from which folder a member of a batch comes."""
 
@@ -49,8 +55,7 @@ class Sources(Generic[T]):
         """shares: of a batch, by folder, any positive numbers; as many as there are cases where none are given."""
         self.groups = list(by_source(cases).values())
         weights = shares or tuple(len(group) for group in self.groups)
-        if len(weights) != len(self.groups) or min(weights) <= 0:
-            raise ValueError(f"--shares: give one positive number for each of the {len(self.groups)} folders of --data")
+        refuse_shares(weights, len(self.groups))
         self.limits = np.cumsum(weights) / sum(weights)
 
     def draw(self, rng: np.random.Generator, member: int, batch: int) -> int:

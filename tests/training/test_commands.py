@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +16,9 @@ from inference.hybrid.config import PRESETS, HybridConfig
 from inference.pipeline import Pipeline
 from training import hybrid_training
 from training.__main__ import main
-from training.data import Entry
+from training.data import Entry, link, read_folder
 
+REPOSITORY = Path(__file__).resolve().parents[2]
 BUDGET = ["--steps", "2", "--validation", "1", "--validations", "1", "--device", "cpu"]
 
 
@@ -63,6 +66,14 @@ def test_users_mistakes_are_told_in_a_line(folder, tmp_path, command, capsys) ->
     assert not Path(tmp_path / "mine").exists()
 
 
+def test_a_command_says_nothing_of_others_packages() -> None:
+    """Warnings of what is imported, that is."""
+    done = subprocess.run(
+        [sys.executable, "-m", "training", "--help"], capture_output=True, text=True, cwd=REPOSITORY, check=True
+    )
+    assert done.stderr == ""
+
+
 def test_ablation_compares_variants_and_does_none_twice(folder, tmp_path, command, monkeypatch) -> None:
     assert command("unet", "--data", folder, "--out", tmp_path, "--features", 4, "--patch", 16, 32, 32, *BUDGET) == 0
     settings = ablation.Settings(
@@ -78,6 +89,20 @@ def test_ablation_compares_variants_and_does_none_twice(folder, tmp_path, comman
     monkeypatch.setattr(hybrid_training, "main", None)
     ablation.main(settings)
     assert json.loads((tmp_path / "ablation.json").read_text())["variants"] == told["variants"]
+    mistakes = (
+        ({"unet": tmp_path / "gone.onnx"}, OSError, "gone.onnx"),
+        ({"partial": tmp_path / "gone"}, ValueError, "gone: no scan"),
+        ({"held_out": (one_patient(folder, tmp_path),)}, ValueError, "one: one patient at most"),
+    )
+    for change, kind, told_of in mistakes:  # before anything is trained
+        with pytest.raises(kind, match=told_of):
+            ablation.main(replace(settings, work=tmp_path / "new", **change))
+
+
+def one_patient(folder: Path, tmp_path: Path) -> Path:
+    entries = [replace(entry, patient="P") for entry in read_folder(folder)]
+    link(entries, tmp_path / "one")
+    return tmp_path / "one"
 
 
 def test_ablation_row_by_hand() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import os
+import resource
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -15,9 +16,10 @@ import pytest
 from training import __main__ as command_line
 from training import calibration, hybrid_training, implant, phantom, pseudo_labels, release
 from training.data import Entry, link, load_case, read_folder
-from training.loop import Common
+from training.loop import Common, save_weights
 from training.unet_training import Settings
 from training.unet_training import main as train_unet
+from training.unet_training import start as start_unet
 
 SHAPE = (24, 20, 8)  # x, y, z of the file
 TINY = {"steps": 1, "validation": 1, "validations": 1, "device": "cpu", "workers": 0, "features": 4, "batch": 1,
@@ -58,9 +60,10 @@ def files(folder: Path) -> dict[str, bytes]:
         (lambda label: label.astype(np.int16) * 256, "no whole numbers from 0 to 255"),
         (lambda label: label.astype(np.float32) * 0.9999, "no whole numbers from 0 to 255"),
         (lambda label: np.where(label, 1, np.nan).astype(np.float32), "no whole numbers from 0 to 255"),
-        (lambda label: label * 2, "holds the labels 2: write a mask of the lesions alone, as 1"),
+        (lambda label: label * 2, "holds the labels 2: write a mask of the lesions alone, as 1$"),
+        (lambda label: label * 255, "holds the labels 255: write a mask of the lesions alone, as 1, or call pseudo"),
     ],
-    ids=["negative", "256", "fraction", "nan", "two"],
+    ids=["negative", "256", "fraction", "nan", "two", "as a picture"],
 )
 def test_labels_that_are_none(folder: Path, change, told: str) -> None:
     write(folder / "labelsTr/b.nii.gz", change(a_label()))
@@ -161,6 +164,50 @@ def test_a_run_goes_on_with_its_own_data_and_checkpoint(folder: Path, tmp_path: 
         name: trained[name] for name in ("unet.onnx", "unet.safetensors")
     }
     assert not [name for name in now if "tmp" in name or "part" in name]
+
+
+@pytest.mark.parametrize("shares", [(1.0, 1.0), (-1.0,), (0.0,), (float("inf"),)])
+def test_shares_are_refused_before_the_cache_is_filled(folder: Path, tmp_path: Path, shares: tuple) -> None:
+    for settings in (Settings, hybrid_training.Settings):
+        with pytest.raises(ValueError, match="--shares: give one positive number for each of the 1 folders"):
+            settings((folder,), tmp_path / "run", shares=shares)
+    with pytest.raises(ValueError, match="each of the 2 folders"):
+        Settings((folder, tmp_path), tmp_path / "run", shares=(1.0,))
+
+
+def test_a_run_that_goes_on_otherwise_says_so(folder: Path, tmp_path: Path, capsys) -> None:
+    begun = Settings((folder,), tmp_path / "run", **{**TINY, "steps": 2})
+    train_unet(begun)
+    capsys.readouterr()
+    train_unet(replace(begun, workers=1, g_per_kwh=1.0))  # which change nothing
+    assert "goes on" not in capsys.readouterr().err
+    weights = begun.out / "unet.safetensors"
+    train_unet(replace(begun, steps=3, seed=7, learning_rate=1e-3, weights=weights))
+    told = [line for line in capsys.readouterr().err.splitlines() if "goes on" in line]
+    checkpoint = f"{begun.out}/checkpoint.pt: "
+    assert told == [
+        f"{checkpoint}--steps was 2 and is 3, --learning-rate was 0.005 and is 0.001, --seed was 0 and is 7: "
+        "the run goes on with what is given now",
+        f"{checkpoint}--weights was None and is {weights}: the run goes on from what it has learnt, and uses neither",
+    ]
+    train_unet(replace(begun, steps=3, seed=7, learning_rate=1e-3, weights=weights))  # what was told is the run's own
+    assert "goes on" not in capsys.readouterr().err
+
+
+def test_a_full_disk_leaves_the_last_checkpoint_and_nothing_else(folder: Path, tmp_path: Path) -> None:
+    settings = Settings((folder,), tmp_path / "run", **TINY)
+    train_unet(settings)
+    before, run = files(settings.out), start_unet(settings)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))  # of a file; as little as a full disk takes
+    try:
+        with pytest.raises(OSError, match=r"checkpoint.pt: cannot be written .*: make room there"):
+            run.save()
+        with pytest.raises(OSError, match=r"unet.safetensors: cannot be written .*: make room there"):
+            save_weights(run.network, settings.out / "unet.safetensors")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert files(settings.out) == before
 
 
 def test_tables_as_spreadsheets_write_them(folder: Path) -> None:

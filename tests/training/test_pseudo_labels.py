@@ -85,6 +85,9 @@ def test_the_command_completes_a_folder_and_goes_on_where_it_stopped(folder, tmp
     completed = {entry.name: entry for entry in read_folder(tmp_path / "out" / "completed")}
     assert [completed[f"c{i}"].annotated for i in range(6)] == ["partial"] * 4 + ["none", "partial"]
     assert not load_case(completed["c4"]).label.any()
+    assert (load_case(completed["c5"]).label == PSEUDO).all()
+    with pytest.raises(ValueError, match="is completed already: name the folder that it was made of"):
+        pseudo_labels.main(replace(settings, data=(tmp_path / "out" / "completed",), out=tmp_path / "again"))
     for name in ("c0", "c5"):  # every voxel is a candidate: one component, which touches c0's label
         given = np.asarray(nib.load(folder / "labelsTr" / f"{name}.nii.gz").dataobj)
         now = np.asarray(nib.load(completed[name].label).dataobj)

@@ -13,7 +13,6 @@ from all of it.
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 
@@ -28,6 +27,7 @@ from training import implant
 from training.anatomy import Organ
 from training.data import Entry, write_rows
 from training.organs import UNKNOWN
+from training.splits import scans_of
 
 PARTS = ("imagesTr", "labelsTr", "organsTr")
 HELD_OUT = 6  # patients
@@ -119,8 +119,7 @@ def fresh(folder: Path) -> None:
 
 
 def main(data: Positional[Path], out: Positional[Path], crops: int = 8) -> None:
-    names = json.loads((data / "splits.json").read_text())["sts"]["train"]
-    cases = [entry(data / "sts", name) for name in names]
+    cases = [entry(data / "sts", name) for name in scans_of(data, "sts", "train")]
     learnt, kept = cases[:-HELD_OUT], cases[-HELD_OUT:]
     write_crops(cases, out / "sarcomas", [crops] * len(learnt) + [1] * len(kept), seed=0)
     write_crops(kept, out / "sarcomas_held_out", [2] * len(kept), seed=1)

@@ -1,0 +1,32 @@
+"""The command line of every benchmark: its options, and what becomes of a user's mistakes and of an interrupt."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Collection, Iterable
+from pathlib import Path
+
+import tyro
+
+
+def run_main(main: Callable[..., int | None], description: str | None) -> int:
+    """Call `main` with what the command line says. What it returns, or 0; 130 if interrupted.
+
+    2 and a line on stderr where the user has something to mend.
+    """
+    prog = f"python -m benchmarks.{Path(sys.argv[0]).stem}"
+    try:
+        return tyro.cli(main, prog=prog, description=description, config=(tyro.conf.OmitArgPrefixes,)) or 0
+    except (ValueError, OSError) as error:
+        print(error, file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+
+
+def refuse_unknown(option: str, named: Iterable[str], known: Collection[str]) -> None:
+    """ValueError where an option names something else than what is known."""
+    unknown = [name for name in named if name not in known]
+    if unknown:
+        raise ValueError(f"--{option} {' '.join(unknown)}: unknown: use some of {', '.join(known)}")
