@@ -12,6 +12,7 @@ import json
 import os
 import platform
 import subprocess
+import sys
 import tempfile
 import time
 from dataclasses import dataclass
@@ -22,10 +23,13 @@ from typing import Any
 import matplotlib
 import nibabel as nib
 import numpy as np
-import tyro
 from tqdm import tqdm
 
+from benchmarks.command_line import run_main
 from benchmarks.demo import NAME, REPOSITORY, prepare
+from inference.devices import Engine, choose_device
+from inference.weights import find_weights
+from training.settings import refuse_less
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -40,9 +44,14 @@ class Settings:
     slices: int = 100
     runs: int = 3
     device: str = "cpu"
-    engine: str = "onnx"
+    engine: Engine = "onnx"
     weights: str = "small"
     out: Path = Path("benchmarks/results/cold_start.json")  # and a picture beside it
+
+    def __post_init__(self) -> None:
+        refuse_less(self, {"slices": 1, "runs": 1})
+        choose_device(self.device)
+        find_weights(self.weights)
 
 
 def write_scan(folder: Path, slices: int) -> Path:
@@ -119,4 +128,4 @@ def main(settings: Settings) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Settings, description=__doc__))
+    sys.exit(run_main(main, __doc__))

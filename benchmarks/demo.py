@@ -5,7 +5,6 @@ python -m benchmarks.demo --out demo
 
 from __future__ import annotations
 
-import argparse
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +14,7 @@ import nibabel as nib
 import numpy as np
 from numpy.typing import NDArray
 
+from benchmarks.command_line import run_main
 from training.losses import dice
 from training.phantom import Phantom, Scanner, make_phantom, write_flare
 
@@ -64,10 +64,8 @@ def prepare(folder: Path) -> Phantom:
     return phantom
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.demo", description="Segment one phantom CT.")
-    parser.add_argument("--out", type=Path, default=Path("demo"), help="folder to write")
-    out = parser.parse_args().out
+def main(out: Path = Path("demo")) -> int:
+    out.mkdir(parents=True, exist_ok=True)
     print(f"generating a phantom CT in {out}/imagesTr …", flush=True)
     phantom = prepare(out)
     ran = subprocess.run(["sh", str(REPOSITORY / "predict.sh"), str(out / "imagesTr"), str(out / "masks")], check=False)
@@ -81,4 +79,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_main(main, __doc__))

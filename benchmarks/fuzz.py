@@ -5,7 +5,6 @@ python -m benchmarks.fuzz --count 100000
 
 from __future__ import annotations
 
-import argparse
 import faulthandler
 import gzip
 import resource
@@ -14,6 +13,7 @@ import tempfile
 import time
 import warnings
 from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 
 import nibabel as nib
@@ -21,8 +21,10 @@ import numpy as np
 import SimpleITK
 from tqdm import tqdm
 
+from benchmarks.command_line import run_main
 from inference.files import HEADER_BYTES
 from inference.volume import read_volume
+from training.settings import refuse_less
 
 SUFFIXES = (".nii", ".nii.gz", ".mha", ".nrrd")
 TEXT_HEADER = 400  # bytes of MHA and NRRD that are damaged
@@ -35,6 +37,15 @@ WORDS = (
 MAX_VOXELS = 10**6  # few enough that what is accepted costs little
 SLOW_S, HANGING_S = 5.0, 60.0
 GROWTH_MIB = 64  # of the whole process, whatever the headers claim
+
+
+@dataclass(frozen=True)
+class Settings:
+    count: int = 100_000
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        refuse_less(self, {"count": 1, "seed": 0})
 
 
 def healthy(folder: Path) -> dict[str, bytes]:
@@ -112,15 +123,11 @@ def peak_mib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.fuzz")
-    parser.add_argument("--count", type=int, default=100_000)
-    parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args()
+def main(settings: Settings) -> None:
     with tempfile.TemporaryDirectory() as folder:
-        for (suffix, said), times in sorted(run(options.count, options.seed, Path(folder)).items()):
+        for (suffix, said), times in sorted(run(settings.count, settings.seed, Path(folder)).items()):
             print(f"{suffix} {said}: {times}")
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_main(main, __doc__))

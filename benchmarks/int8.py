@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import platform
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -19,17 +20,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import tyro
 from numpy.typing import NDArray
 from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_static
 from tqdm import tqdm
 
+from benchmarks.command_line import run_main
 from inference.limits import cores
 from inference.onnx_session import Session
 from inference.unet import GridProbability, UNet
 from inference.weights import find_weights, read_manifest
 from training.losses import dice
 from training.phantom import Phantom, Scanner, make_phantom
+from training.settings import refuse_less
 
 SEEN, JUDGED = 3004, 3005  # seeds of the phantoms; no weights were trained on either
 LIKELY = 0.5  # from here on, a voxel counts as lesion
@@ -41,6 +43,9 @@ class Settings:
     weights: str = "small"  # name under weights/, or a folder
     out: Path = Path("benchmarks/results/int8.json")
     rounds: int = 3
+
+    def __post_init__(self) -> None:
+        refuse_less(self, {"rounds": 1})
 
 
 class Listening(Session):
@@ -129,4 +134,4 @@ def main(settings: Settings) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Settings, description=__doc__))
+    sys.exit(run_main(main, __doc__))

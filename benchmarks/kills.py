@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -19,8 +20,11 @@ from pathlib import Path
 
 import nibabel as nib
 import numpy as np
-import tyro
 from tqdm import tqdm
+
+from benchmarks.command_line import run_main
+from inference.weights import find_weights
+from training.settings import refuse_less
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 SHAPES = [(40, 36, 4)] * 10
@@ -32,6 +36,10 @@ class Settings:
     kills: int = 50
     seed: int = 0
     weights: str = "small"
+
+    def __post_init__(self) -> None:
+        refuse_less(self, {"kills": 1, "seed": 0})
+        find_weights(self.weights)
 
 
 def write_scans(folder: Path, shapes: Sequence[tuple[int, int, int]] = SHAPES) -> None:
@@ -96,4 +104,4 @@ def main(settings: Settings) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Settings, description=__doc__))
+    sys.exit(run_main(main, __doc__))

@@ -13,21 +13,25 @@ import json
 import os
 import platform
 import subprocess
+import sys
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
-import tyro
 
+from benchmarks.command_line import refuse_unknown, run_main
 from benchmarks.demo import REPOSITORY
 from eval import accuracy
+from inference.devices import choose_device
 from training.loop import fast_precision
+from training.splits import scans_of
 
 DATASET, NUMBER = "Dataset001_Sarcoma", "1"
 PEERS = REPOSITORY / "build" / "peers" / "bin"
 TOLD = "training.json"
+CONFIGURATIONS = ("2d", "3d_fullres")
 
 
 @dataclass(frozen=True)
@@ -35,14 +39,30 @@ class Settings:
     data: Path  # folder with splits.json and sts
     work: Path  # folder for nnU-Net's own
     minutes: float = 86.0  # a configuration
-    configurations: tuple[str, ...] = ("2d", "3d_fullres")
-    device: str = "cpu"
+    configurations: tuple[str, ...] = CONFIGURATIONS
+    device: Literal["cpu", "cuda"] = "cpu"
     out: Path = Path("benchmarks/results/nnunet.json")
+
+    def __post_init__(self) -> None:
+        if not self.minutes > 0:
+            raise ValueError(f"--minutes {self.minutes:g}: give more than 0")
+        refuse_unknown("configurations", self.configurations, CONFIGURATIONS)
+        if not self.configurations:
+            raise ValueError("--configurations: name one at least")
+        choose_device(self.device)
+
+
+def peers_python() -> Path:
+    """The interpreter of the environment with other teams' networks. ValueError where it is not installed."""
+    path = PEERS / "python"
+    if not path.exists():
+        raise ValueError(f"{path} is not there: run `make peers`, which installs nnU-Net in an environment of its own")
+    return path
 
 
 def write_dataset(data: Path, raw: Path) -> None:
     """nnU-Net's layout, of links to the scans; the validation split's labels apart, which nnU-Net does not read."""
-    names = json.loads((data / "splits.json").read_text())["sts"]
+    names = {split: scans_of(data, "sts", split) for split in ("train", "val")}
     for split, folder in (("train", "imagesTr"), ("val", "imagesTs")):
         for name in names[split]:
             link(data / "sts" / "images" / f"{name}_0000.nii.gz", raw / folder)
@@ -57,6 +77,8 @@ def write_dataset(data: Path, raw: Path) -> None:
 
 
 def link(path: Path, folder: Path) -> None:
+    if not path.exists():
+        raise ValueError(f"{path}: no such file, but splits.json names it: copy the data again")
     folder.mkdir(parents=True, exist_ok=True)
     (folder / path.name).unlink(missing_ok=True)
     (folder / path.name).symlink_to(path.resolve())
@@ -82,7 +104,7 @@ def start(settings: Settings, configuration: str, threads: int) -> tuple[Path, s
     """The file that its process writes to, and the process."""
     out = settings.work / configuration
     out.mkdir(parents=True, exist_ok=True)
-    command = [str(PEERS / "python"), str(REPOSITORY / "benchmarks" / "nnunet_training.py"), configuration]
+    command = [str(peers_python()), str(REPOSITORY / "benchmarks" / "nnunet_training.py"), configuration]
     command += [DATASET, str(settings.minutes), settings.device, fast_precision(settings.device), str(out)]
     log = out / "log.txt"
     with log.open("w") as file:
@@ -102,8 +124,7 @@ def figures(settings: Settings, configuration: str) -> dict[str, Any]:
 
 
 def main(settings: Settings) -> None:
-    if not (PEERS / "python").exists():
-        raise SystemExit(f"{PEERS} is not there: run `make peers`, which installs nnU-Net in an environment of its own")
+    peers_python()
     raw = settings.work / "raw" / DATASET
     planned = settings.work / "planned"  # made last, so that preprocessing that broke off is done again
     if not planned.exists():
@@ -127,4 +148,4 @@ def main(settings: Settings) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Settings, description=__doc__))
+    sys.exit(run_main(main, __doc__))

@@ -5,12 +5,13 @@ python -m benchmarks.nsd --out benchmarks/results/nsd.json
 
 from __future__ import annotations
 
-import argparse
 import json
 import platform
+import sys
 import time
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from statistics import median
@@ -20,7 +21,9 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.ndimage import gaussian_filter
 
+from benchmarks.command_line import run_main
 from eval.surface import Spacing, surface_dice
+from training.settings import refuse_less
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -29,6 +32,15 @@ with warnings.catch_warnings():
 SHAPE, SPACING_MM, TOLERANCE_MM = (512, 512, 300), (0.8, 0.8, 1.5), 2.0
 CENTRES_RADII_MM = (((150, 200, 120), 25.0), ((250, 180, 300), 12.0), ((330, 260, 380), 6.0))
 """Of three lesions spread over the trunk, (i, j, k) in mm."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    out: Path = Path("benchmarks/results/nsd.json")
+    runs: int = 5  # of each, in turn
+
+    def __post_init__(self) -> None:
+        refuse_less(self, {"runs": 1})
 
 
 def lesions(shift_mm: float, rng: np.random.Generator) -> NDArray[np.bool_]:
@@ -59,14 +71,10 @@ def timed(function: Callable[..., float], *arguments: Any) -> tuple[float, float
     return time.perf_counter() - start, value
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.nsd")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/nsd.json"), help="JSON to write")
-    parser.add_argument("--runs", type=int, default=5, help="of each, in turn")
-    options = parser.parse_args()
+def main(settings: Settings) -> None:
     rng = np.random.default_rng(0)
     case = (lesions(0.0, rng), lesions(1.5, rng), SPACING_MM, TOLERANCE_MM)
-    pairs = [(timed(surface_dice, *case), timed(peer, *case)) for _ in range(options.runs)]
+    pairs = [(timed(surface_dice, *case), timed(peer, *case)) for _ in range(settings.runs)]
     result = {
         "date": datetime.now(UTC).date().isoformat(),
         "command": "python -m benchmarks.nsd",
@@ -78,10 +86,10 @@ def main() -> None:
         "nsd": pairs[0][0][1],
         "difference": abs(pairs[0][0][1] - pairs[0][1][1]),
     }
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(result, indent=1) + "\n")
+    settings.out.parent.mkdir(parents=True, exist_ok=True)
+    settings.out.write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(result, indent=1))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_main(main, __doc__))

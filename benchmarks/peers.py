@@ -18,24 +18,27 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
-import tyro
 from tqdm import tqdm
 
 from benchmarks.cold_start import write_scan
+from benchmarks.command_line import refuse_unknown, run_main
 from benchmarks.demo import REPOSITORY
-from benchmarks.nnunet import PEERS
+from benchmarks.nnunet import PEERS, peers_python
 from benchmarks.scaling import COUNTING, peak_mib
 from eval.containers import local_command, run_case
+from eval.efficiency import check_timeout
 from eval.machine import describe, find_gpu
 from eval.sampler import system_readers
 from eval.usage import area_above, usage_of
+from inference.devices import choose_device
 from inference.hybrid.config import PRESETS, HybridConfig
 from inference.hybrid.model import Hybrid
 from inference.unet import UNetConfig
 from training.release import Recipe, release
+from training.settings import refuse_less
 from training.unet import build_unet, export_onnx
 
 OURS = "small"
@@ -48,11 +51,22 @@ DEVICE = {"cpu": "cpu", "cuda": "cuda:0"}
 class Settings:
     slices: int = 100
     slow_slices: int = 0  # for those of SLOW, and twice as many; 0 for all
-    device: str = "cpu"  # or cuda
+    device: Literal["cpu", "cuda"] = "cpu"
     work: Path = Path("runs/peers")  # random weights are kept there
     contestants: tuple[str, ...] = ()  # all, unless they are named
     timeout_s: float = 7200.0
     out: Path = Path("benchmarks/results/peers.json")
+
+    def __post_init__(self) -> None:
+        refuse_less(self, {"slices": 1, "slow_slices": 0})
+        check_timeout(self.timeout_s)
+        choose_device(self.device)
+        few = self.slow_slices
+        if few and (2 * few >= self.slices or self.slices > MOST_OF_ONE_THICKNESS):
+            raise ValueError(
+                f"--slow-slices {few}: has to be less than half of --slices, and these {MOST_OF_ONE_THICKNESS} at "
+                "most: give 0 for all"
+            )
 
 
 @dataclass(frozen=True)
@@ -78,18 +92,10 @@ def contestants(settings: Settings) -> dict[str, Contestant]:
         ),
         "SAM ViT-B": Contestant(f"{module}sam_slices {device}"),
     }
-    few = settings.slow_slices
-    if few and (2 * few >= settings.slices or settings.slices > MOST_OF_ONE_THICKNESS):
-        raise SystemExit(
-            f"--slow-slices {few}: has to be less than half of --slices, and these {MOST_OF_ONE_THICKNESS} at most: "
-            "give 0 for all"
-        )
-    unknown = set(settings.contestants) - set(found)
-    if unknown:
-        raise SystemExit(f"--contestants {' '.join(sorted(unknown))}: unknown: use some of {', '.join(found)}")
+    refuse_unknown("contestants", settings.contestants, found)
     chosen = {name: one for name, one in found.items() if name in (settings.contestants or tuple(found))}
-    if any(one.peer for one in chosen.values()) and not peer.exists():
-        raise SystemExit(f"{peer} is not there: run `make peers`, which installs nnU-Net in an environment of its own")
+    if any(one.peer for one in chosen.values()):
+        peers_python()
     return chosen
 
 
@@ -172,4 +178,4 @@ def main(settings: Settings) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Settings, description=__doc__))
+    sys.exit(run_main(main, __doc__))

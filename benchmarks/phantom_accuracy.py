@@ -9,11 +9,12 @@ with other seeds or after an interruption, judge those that are not there yet, a
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import platform
+import sys
 import tempfile
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -22,16 +23,31 @@ import cc3d
 import numpy as np
 from tqdm import tqdm
 
+from benchmarks.command_line import run_main
 from benchmarks.networks import Recorder
+from eval.cases import read_json
 from eval.lesions import detect
+from inference.atomic import write_whole
 from inference.pipeline import voxel_volume_ml
 from inference.weights import MANIFEST
 from training.losses import dice
 from training.phantom import PHANTOM_VERSION, Scanner, make_phantom, write_flare
+from training.settings import refuse_less
 
-FIRST_SEED, COUNT, HEALTHY = 3000, 20, 5  # seeds from 3000 to 3999 are never trained or calibrated on
 NAME = "phantom"
 LARGE_ML = 1.0  # from here on, a lesion should be found
+
+
+@dataclass(frozen=True)
+class Settings:
+    weights: str = "small"  # name under weights/, or a folder
+    out: Path = Path("benchmarks/results/phantoms.json")
+    first_seed: int = 3000  # of the phantoms; those from 3000 to 3999 are never trained or calibrated on
+    count: int = 20  # phantoms
+    healthy: int = 5  # of them, the first so many
+
+    def __post_init__(self) -> None:
+        refuse_less(self, {"first_seed": 0, "count": 1, "healthy": 0})
 
 
 def scanner(seed: int) -> Scanner:
@@ -89,10 +105,10 @@ def identity(weights: Path) -> dict[str, Any]:
 
 def resume(path: Path, weights: Path) -> dict[str, Any]:
     """What `path` holds of these weights: runs, and cases by their seeds. Other weights' results are an error."""
-    told = json.loads(path.read_text()) if path.exists() else {}
+    told = read_json(path) if path.exists() else {}
     wanted = identity(weights)
     if told and {key: told.get(key) for key in wanted} != wanted:
-        raise SystemExit(f"{path} is of other weights or phantoms: name another --out, or remove it")
+        raise ValueError(f"{path} is of other weights or phantoms: name another --out, or remove it")
     return {**wanted, "runs": told.get("runs", []), "cases": {case["seed"]: case for case in told.get("cases", [])}}
 
 
@@ -101,26 +117,17 @@ def write(told: dict[str, Any], path: Path) -> dict[str, Any]:
     cases = [told["cases"][seed] for seed in sorted(told["cases"])]
     result = {**told, **summary(cases), "cases": cases}
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(result, indent=1) + "\n")
-    temporary.replace(path)
+    write_whole(path, (json.dumps(result, indent=1) + "\n").encode())
     return {key: value for key, value in result.items() if key != "cases"}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.phantom_accuracy")
-    parser.add_argument("--weights", default="small", help="name under weights/, or a folder")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/phantoms.json"), help="JSON to write")
-    parser.add_argument("--first-seed", type=int, default=FIRST_SEED, help="of the phantoms; 3000 to 3980")
-    parser.add_argument("--count", type=int, default=COUNT, help="phantoms")
-    parser.add_argument("--healthy", type=int, default=HEALTHY, help="of them, the first so many")
-    options = parser.parse_args()
-    pipeline = Recorder(options.weights)
-    told = resume(options.out, pipeline.manifest.folder)
-    wanted = {options.first_seed + i: i < options.healthy for i in range(options.count)}
+def main(settings: Settings) -> None:
+    pipeline = Recorder(settings.weights)
+    told = resume(settings.out, pipeline.manifest.folder)
+    wanted = {settings.first_seed + i: i < settings.healthy for i in range(settings.count)}
     if other := [seed for seed in wanted if seed in told["cases"] and told["cases"][seed]["healthy"] != wanted[seed]]:
-        raise SystemExit(f"{options.out} has seed {other[0]} with another --healthy: name another --out")
-    command = f"--first-seed {options.first_seed} --count {options.count} --healthy {options.healthy}"
+        raise ValueError(f"{settings.out} has seed {other[0]} with another --healthy: name another --out")
+    command = f"--first-seed {settings.first_seed} --count {settings.count} --healthy {settings.healthy}"
     run = {
         "date": datetime.now(UTC).date().isoformat(),
         "command": f"python -m benchmarks.phantom_accuracy {command}",
@@ -132,9 +139,9 @@ def main() -> None:
         for seed, healthy in tqdm(wanted.items(), unit="scan"):
             if seed not in told["cases"]:
                 told["cases"][seed] = judge(pipeline, seed, healthy, Path(folder))
-                write(told, options.out)
-    print(json.dumps(write(told, options.out), indent=1))
+                write(told, settings.out)
+    print(json.dumps(write(told, settings.out), indent=1))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_main(main, __doc__))

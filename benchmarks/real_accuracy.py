@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import platform
+import sys
 import tempfile
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -19,16 +20,17 @@ from typing import Any
 
 import matplotlib
 import numpy as np
-import tyro
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from benchmarks.command_line import run_main
 from benchmarks.networks import FUSED, Recorder
 from eval.lesions import detect
 from eval.scores import score
 from inference.pipeline import Spacing, voxel_volume_ml
 from inference.volume import Volume, read_label, read_volume
 from training.losses import dice
+from training.splits import read_splits, scans_of
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -144,8 +146,9 @@ def main(settings: Settings) -> None:
         "unet": pipeline.manifest.files["unet"]["sha256"],
     }
     drawn: dict[str, tuple[Volume, Masks]] = {}
-    for folder, parts in json.loads((settings.data / "splits.json").read_text()).items():
-        cases, pictures, size = judge_folder(pipeline, settings.data / folder, parts["val"])
+    for folder in read_splits(settings.data):
+        names = scans_of(settings.data, folder, "val")
+        cases, pictures, size = judge_folder(pipeline, settings.data / folder, names)
         drawn |= pictures
         told[folder] = {"ellipsoid_size": round(size, 2), **summary(cases), "cases": cases}
         for network, row in summary(cases).items():
@@ -156,4 +159,4 @@ def main(settings: Settings) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Settings, description=__doc__))
+    sys.exit(run_main(main, __doc__))

@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,10 +23,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import tyro
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from benchmarks.command_line import run_main
 from benchmarks.demo import NAME, prepare
 from inference import limits
 from inference.devices import cuda_devices
@@ -33,6 +34,8 @@ from inference.pipeline import Pipeline
 from inference.volume import case_name, output_names, read_label, read_volume
 from inference.weights import find_weights
 from training.losses import dice
+from training.settings import refuse_less
+from training.splits import scans_of
 
 PLAIN, RERUN = "plain", "rerun"
 
@@ -43,6 +46,9 @@ class Settings:
     cases: int = 4  # of its validation split, from the first on
     weights: str = "small"  # name under weights/, or a folder
     out: Path = Path("benchmarks/results/reproducibility.json")
+
+    def __post_init__(self) -> None:
+        refuse_less(self, {"cases": 1})
 
 
 @contextmanager
@@ -118,7 +124,7 @@ def compare(scans: list[Path], plain: list[Path], other: list[Path]) -> dict[str
 
 
 def main(settings: Settings) -> None:
-    cases = json.loads((settings.data / "splits.json").read_text())["sts"]["val"][: settings.cases]
+    cases = scans_of(settings.data, "sts", "val")[: settings.cases]
     scans = [settings.data / "sts" / "images" / f"{case}_0000.nii.gz" for case in cases]
     weights, found = find_weights(settings.weights), {}
     with tempfile.TemporaryDirectory() as made:
@@ -142,4 +148,4 @@ def main(settings: Settings) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Settings, description=__doc__))
+    sys.exit(run_main(main, __doc__))

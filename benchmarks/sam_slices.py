@@ -14,7 +14,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from segment_anything import SamPredictor, sam_model_registry
+from tyro.conf import Positional
 
+from benchmarks.command_line import run_main
+from inference.devices import choose_device
 from inference.slices import window
 from inference.volume import case_name, output_names, read_volume, write_mask
 
@@ -28,14 +31,15 @@ def segment(predictor: SamPredictor, plane: NDArray[np.float32]) -> NDArray[np.b
     return np.asarray(predictor.predict(point, MIDDLE, multimask_output=False)[0][0])
 
 
-def main(device: str, inputs: str, outputs: str) -> None:
+def main(device: Positional[str], inputs: Positional[Path], outputs: Positional[Path]) -> None:
+    place = choose_device(device)
     torch.manual_seed(0)
-    predictor = SamPredictor(sam_model_registry["vit_b"]().eval().to(device))
-    for scan in sorted(Path(inputs).iterdir()):
+    predictor = SamPredictor(sam_model_registry["vit_b"]().eval().to(place))
+    for scan in sorted(inputs.iterdir()):
         volume = read_volume(scan)
         mask = np.stack([segment(predictor, window(plane)) for plane in volume.hu])
-        write_mask(mask, volume.geometry, Path(outputs) / output_names(case_name(scan))[0])
+        write_mask(mask, volume.geometry, outputs / output_names(case_name(scan))[0])
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    sys.exit(run_main(main, __doc__))

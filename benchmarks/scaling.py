@@ -21,12 +21,14 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
-import tyro
 from tqdm import tqdm
 
 from benchmarks.cold_start import write_scan
+from benchmarks.command_line import run_main
 from benchmarks.kills import command
 from inference.limits import cores
+from inference.weights import find_weights
+from training.settings import refuse_less
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -46,6 +48,10 @@ class Settings:
     cases: tuple[int, ...] = (1, 2, 4)  # a process, of the fewest slices
     weights: str = "small"
     out: Path = Path("benchmarks/results/scaling.json")  # and a picture beside it
+
+    def __post_init__(self) -> None:
+        refuse_less(self, {"slices": 1, "cases": 1})
+        find_weights(self.weights)
 
 
 def peak_mib(printed: str) -> int:
@@ -114,4 +120,4 @@ def main(settings: Settings) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Settings, description=__doc__))
+    sys.exit(run_main(main, __doc__))

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import platform
 import subprocess
+import sys
 import tempfile
 import time
 from dataclasses import dataclass
@@ -21,10 +22,11 @@ from typing import Any, NamedTuple
 import matplotlib
 import numpy as np
 import psutil
-import tyro
 from tqdm import tqdm
 
+from benchmarks.command_line import run_main
 from benchmarks.kills import command, write_scans
+from inference.weights import find_weights
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -39,6 +41,10 @@ class Settings:
     cases: int = 300
     weights: str = "small"
     out: Path = Path("benchmarks/results/soak.json")  # and a picture beside it
+
+    def __post_init__(self) -> None:
+        compared(self.cases)
+        find_weights(self.weights)
 
 
 class Look(NamedTuple):
@@ -71,17 +77,27 @@ def watch(call: list[str], out: Path, cases: int) -> list[Look]:
     return looks
 
 
+def compared(cases: int) -> int:
+    """How many of the first and of the last cases are compared: a multiple of the sizes, about a tenth of all.
+
+    ValueError where that is more than there are.
+    """
+    share = max(1, (cases - WARM_UP) // 10 // len(SIZES)) * len(SIZES)
+    if WARM_UP + 2 * share > cases:
+        raise ValueError(f"--cases {cases}: too few to tell a drift after the first {WARM_UP}: give 100 or more")
+    return share
+
+
 def drift(looks: list[Look], cases: int) -> dict[str, float]:
     """Growth of memory and of open files from the first cases after the warm-up to the last ones.
 
-    Of each case its peak counts, whatever time it took; as many cases as there are sizes, or a multiple of that which
-    makes about a tenth of all.
+    Of each case its peak counts, whatever time it took. RuntimeError where too little was looked at.
     """
-    share = max(1, (cases - WARM_UP) // 10 // len(SIZES)) * len(SIZES)
+    share = compared(cases)
     early = [look for look in looks if WARM_UP <= look.done < WARM_UP + share]
     late = [look for look in looks if cases - share <= look.done < cases]
-    if WARM_UP + 2 * share > cases or not early or not late:
-        raise ValueError(f"--cases {cases}: too few to tell a drift after the first {WARM_UP}: give 100 or more")
+    if not early or not late:
+        raise RuntimeError("the program was not looked at among its first or its last cases")
     mib = [mean_peak(part) for part in (early, late)]
     files = [max(look.files for look in part) for part in (early, late)]
     return {
@@ -130,4 +146,4 @@ def main(settings: Settings) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Settings, description=__doc__))
+    sys.exit(run_main(main, __doc__))

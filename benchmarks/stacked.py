@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import platform
 import statistics
+import sys
 import time
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -19,15 +20,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import tyro
 from torch import Tensor
 from tqdm import tqdm
 
+from benchmarks.command_line import refuse_unknown, run_main
 from inference.hybrid.cnn_unet import fold_batch_norms
 from inference.hybrid.config import IMAGE_SIZE, PRESETS, HybridConfig
 from inference.hybrid.model import Hybrid, channels_last
 from inference.limits import cores
 from training.cost import size
+from training.settings import refuse_less
 
 STACK, WINDOWS, FIVE_PASSES = "stack", "windows", "five passes"
 AGREE = 1e-3  # largest difference of logits of a stack and its windows, relative to the largest one
@@ -42,9 +44,8 @@ class Settings:
     out: Path = Path("benchmarks/results/stacked.json")
 
     def __post_init__(self) -> None:
-        unknown = sorted(set(self.presets) - set(PRESETS))
-        if unknown:
-            raise SystemExit(f"--presets {' '.join(unknown)}: unknown: use some of {', '.join(PRESETS)}")
+        refuse_unknown("presets", self.presets, PRESETS)
+        refuse_less(self, {"targets": 1, "window_batch": 1, "rounds": 1})
 
 
 @dataclass(frozen=True)
@@ -127,4 +128,4 @@ def main(settings: Settings) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Settings, description=__doc__))
+    sys.exit(run_main(main, __doc__))

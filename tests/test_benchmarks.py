@@ -89,10 +89,7 @@ def test_phantoms_that_were_judged_are_not_judged_again(random_weights: Path, tm
     shutil.copytree(random_weights, weights)
 
     def run(first: int, count: int, healthy: int) -> dict:
-        options = {"--weights": weights, "--out": out, "--first-seed": first, "--count": count, "--healthy": healthy}
-        words = [str(word) for option in options.items() for word in option]
-        monkeypatch.setattr("sys.argv", ["phantom_accuracy", *words])
-        phantom_accuracy.main()
+        phantom_accuracy.main(phantom_accuracy.Settings(str(weights), out, first, count, healthy))
         return json.loads(out.read_text())
 
     assert run(3901, 2, 2)["mean_dice"] == {"fused": 1}
@@ -107,11 +104,11 @@ def test_phantoms_that_were_judged_are_not_judged_again(random_weights: Path, tm
         "--first-seed 3901 --count 2 --healthy 2",
         "--first-seed 3902 --count 4 --healthy 1",
     ]
-    with pytest.raises(SystemExit, match=r"seed 3901 with another --healthy.*another --out"):
+    with pytest.raises(ValueError, match=r"seed 3901 with another --healthy.*another --out"):
         run(3901, 1, 0)
     manifest = weights / "manifest.json"
     manifest.write_text(manifest.read_text() + "\n")
-    with pytest.raises(SystemExit, match=r"other weights.*another --out"):
+    with pytest.raises(ValueError, match=r"other weights.*another --out"):
         run(3901, 1, 1)
 
 
@@ -149,6 +146,13 @@ def test_the_dataset_for_nnunet_holds_no_label_of_a_scan_to_predict(tmp_path: Pa
     found = {folder: sorted(path.name for path in (raw / folder).iterdir()) for folder in ("imagesTr", "labelsTr")}
     assert found == {"imagesTr": ["A_0000.nii.gz", "B_0000.nii.gz"], "labelsTr": ["A.nii.gz", "B.nii.gz"]}
     assert [path.read_text() for path in (raw / "imagesTs").iterdir()] == ["C"]
+    (tmp_path / "sts" / "labels" / "B.nii.gz").unlink()
+    for data, told_of in (
+        (tmp_path / "gone", "gone/splits.json: cannot be read"),
+        (tmp_path, "B.nii.gz: no such file"),
+    ):
+        with pytest.raises(ValueError, match=told_of):
+            nnunet.write_dataset(data, raw)
     told = json.loads((raw / "dataset.json").read_text())
     assert (told["numTraining"], told["labels"], told["file_ending"]) == (2, {"background": 0, "lesion": 1}, ".nii.gz")
 
@@ -159,7 +163,10 @@ def test_drift_by_hand() -> None:
     looks += [soak.Look(done, mib, 6) for done in range(50, 60) for mib in (102.0, 50.0, 50.0)]
     told = soak.drift([*looks, soak.Look(60, 700.0, 6)], 60)
     assert told == {"early_mib": 100, "late_mib": 102, "drift_percent": 2, "more_files": 1}
-    with pytest.raises(ValueError, match="too few"):
+    for cases in (0, 39):
+        with pytest.raises(ValueError, match=f"--cases {cases}: too few"):
+            soak.Settings(cases)
+    with pytest.raises(RuntimeError, match="was not looked at"):
         soak.drift(looks[:10], 60)
 
 
