@@ -1,12 +1,14 @@
-"""Sizes in a traced graph that are the same for any number of slices, as constants.
+"""What a traced graph computes of sizes, and need not.
 
 A trace asks every map for its sides and computes with them; of the hybrid's graph that is two thirds, and most of the
-time that ONNX Runtime needs to load it. What is found to be the same for two numbers of slices is written out.
+time that ONNX Runtime needs to load it. What is found to be the same for two numbers of slices is written out as a
+constant. And maps go from planes to stacks and back between any two steps of the network; in ONNX Runtime each turn
+keeps one convolution from taking the other's result in the layout that both prefer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 import onnx
@@ -27,18 +29,33 @@ def write_out_sizes(model: onnx.ModelProto, examples: Sequence[Feed]) -> None:
     if any(attribute.HasField("g") or attribute.graphs for node in model.graph.node for attribute in node.attribute):
         raise ValueError("a graph with branches or loops: what they ask for is not looked into")
     sizes, reshaped = _sizes(model), [node for node in model.graph.node if node.op_type == "Reshape"]
-    asked = {_shape_name(node.output[0]): node.output[0] for node in reshaped if node.output[0] not in sizes}
-    first, *others = [_values(model, sizes, asked, feed) for feed in examples]
+    reshaped = [node for node in reshaped if node.output[0] not in sizes]
+    asked = {_shape_name(value): value for node in reshaped for value in (node.input[0], node.output[0])}
+    found = [_values(model, sizes, asked, feed) for feed in examples]
+    first, *others = found
     known = {name: first[name] for name in sizes if all(_equal(first[name], other[name]) for other in others)}
     for node in reshaped:
         name = _shape_name(node.output[0])
-        if name not in asked:
-            continue
         varies = np.any([first[name] != other[name] for other in others], axis=0)
         if varies.sum() <= 1:
             known[name] = np.where(varies, VARYING, first[name]).astype(np.int64)
             node.input[1] = name
+    _skip_round_trips(model, reshaped, found)
     _replace(model, known)
+
+
+def _skip_round_trips(model: onnx.ModelProto, reshaped: Sequence[onnx.NodeProto], found: Sequence[Found]) -> None:
+    """What is reshaped to the shape that it once had is not reshaped; `found` tells the shapes, of each example."""
+    origin: dict[str, str] = {}  # of what was reshaped, however often
+    for node in reshaped:
+        node.input[0] = origin[node.output[0]] = origin.get(node.input[0], node.input[0])
+    same = {
+        made: before
+        for made, before in origin.items()
+        if all(_equal(values[_shape_name(made)], values[_shape_name(before)]) for values in found)
+    }
+    for node in model.graph.node:
+        node.input[:] = [same.get(name, name) for name in node.input]
 
 
 def _sizes(model: onnx.ModelProto) -> list[str]:
@@ -74,14 +91,20 @@ def _equal(one: NDArray[np.generic], other: NDArray[np.generic]) -> bool:
 
 
 def _replace(model: onnx.ModelProto, known: Mapping[str, NDArray[np.generic]]) -> None:
-    """Constants for what is known; nodes whose results nobody asks for go."""
+    """Constants for what is known."""
+    asked = _keep_asked(model, known.keys())
+    made = {name for node in model.graph.node for name in node.output}
+    constants = [name for name in known if name in asked and name not in made]
+    model.graph.initializer.extend(numpy_helper.from_array(known[name], name) for name in constants)
+
+
+def _keep_asked(model: onnx.ModelProto, known: Collection[str]) -> set[str]:
+    """Nodes whose results nobody asks for, or all are `known`, go; all that is asked for."""
     asked, kept = {output.name for output in model.graph.output}, []
     for node in reversed(model.graph.node):
-        if asked.intersection(node.output) and not known.keys() >= set(node.output):
+        if asked.intersection(node.output) and not set(node.output).issubset(known):
             asked.update(node.input)
             kept.append(node)
     del model.graph.node[:]
     model.graph.node.extend(reversed(kept))
-    made = {name for node in kept for name in node.output}
-    constants = [name for name in known if name in asked and name not in made]
-    model.graph.initializer.extend(numpy_helper.from_array(known[name], name) for name in constants)
+    return asked

@@ -91,8 +91,12 @@ class Conv(nn.Sequential):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, D, C, H, W) → the same."""
+        return stacked(self.flat(x), x.shape[0])
+
+    def flat(self, x: Tensor) -> Tensor:
+        """Maps (N, D, C, H, W) → planes (N·D, C, H, W)."""
         convolution = cast(PlaneConv, self[0])
-        return stacked(self[2](self[1](convolution.flat(x))), x.shape[0])
+        return self[2](self[1](convolution.flat(x)))
 
 
 def fold_batch_norms(model: nn.Module) -> None:
@@ -121,9 +125,8 @@ class AttentionStem(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, D, 1, H, W) → (N, D, C, H, W)."""
-        x = self.wide(x) + self.near(x)
         stacks = x.shape[0]
-        x = x.flatten(0, 1)
+        x = self.wide.flat(x) + self.near.flat(x)
         x = x * torch.sigmoid(self.channel_gate(plane_mean(x)))[..., None, None]
         strongest = x.max(dim=1, keepdim=True).values  # the gradient of `amax` shares out ties, and is slower
         summary = torch.cat([channel_mean(x), strongest], dim=1)

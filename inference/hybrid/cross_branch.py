@@ -10,10 +10,11 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .config import TOKENS
-from .layout import centre, cut_planes, join
+from .layout import centre, cut_planes, join, per_head
 from .vision_transformer import ADAPTER_SCALE, Adapter
 
 HEADS = 8
@@ -49,15 +50,18 @@ class CnnToVit(nn.Module):
 
     def forward(self, tokens: Tensor, pixels: Tensor) -> Tensor:
         """Tokens (N, 256, E), pixels (N, 256, k², C) → change of the tokens (N, 256, E)."""
-        n, count, width = tokens.shape
-        key = self.key.weight.view(HEADS, width // HEADS, -1)
-        value = self.value.weight.view(HEADS, width // HEADS, -1)
-        query = self.query(self.norm(tokens)).view(n, count, HEADS, -1) * (width // HEADS) ** -0.5
-        query = torch.einsum("nthd,hdc->nthc", query, key)
-        attention = (query @ pixels.transpose(2, 3)).softmax(dim=-1)  # n t h p
-        context = torch.einsum("nthc,hdc->nthd", attention @ pixels, value).reshape(n, count, width)
-        attended = self.out(context + self.value.bias)
+        attended = self.out(self._context(tokens, pixels) + self.value.bias)
         return attended + ADAPTER_SCALE * self.adapter(attended)
+
+    def _context(self, tokens: Tensor, pixels: Tensor) -> Tensor:
+        """The values (N, 256, E) that the heads see, still without their bias."""
+        if pixels.shape[2] == 1:  # nothing to choose from
+            return F.linear(pixels[:, :, 0], self.value.weight)
+        n, count, width = tokens.shape
+        key, value = (part.weight.view(HEADS, width // HEADS, -1) for part in (self.key, self.value))
+        query = self.query(self.norm(tokens)).view(n, count, HEADS, -1) * (width // HEADS) ** -0.5
+        attention = (per_head(query, key) @ pixels.transpose(2, 3)).softmax(dim=-1)  # n t h p
+        return per_head(attention @ pixels, value.transpose(1, 2)).flatten(2)
 
 
 class VitToCnn(nn.Module):
@@ -73,6 +77,8 @@ class VitToCnn(nn.Module):
         n, _, width = tokens.shape
         summary = torch.stack([tokens.mean(dim=-1), tokens.amax(dim=-1)], dim=1)
         token_gate = torch.sigmoid(self.token_gate(summary.view(n, 2, TOKENS, TOKENS))).view(n, -1, 1)
+        if pixels.shape[2] == 1:  # the best match of its token, whatever it is
+            return token_gate
         projected = tokens @ self.pixel.weight * width**-0.5  # n t c
         match = (pixels @ projected[..., None])[..., 0].softmax(dim=-1)
         return token_gate * (0.5 + torch.sigmoid(match - 1 / pixels.shape[2]))

@@ -28,9 +28,11 @@ def stacked(planes: Tensor, stacks: int) -> Tensor:
 
 def cut_planes(x: Tensor, first: int, count: int) -> Tensor:
     """Planes of maps; like their gradients, they stay channels-last, where a plain slice's do not."""
+    if count == x.shape[1]:
+        return x
     if graph():
         return x[:, first : first + count]
-    return x if count == x.shape[1] else x.permute(CHANNELS_LAST)[:, first : first + count].permute(CHANNELS_THIRD)
+    return x.permute(CHANNELS_LAST)[:, first : first + count].permute(CHANNELS_THIRD)
 
 
 def centre(x: Tensor, depth: int) -> Tensor:
@@ -47,9 +49,13 @@ def join(maps: Sequence[Tensor], axis: int) -> Tensor:
 
 
 def plane_mean(x: Tensor) -> Tensor:
-    """(N, C, H, W) → (N, C). In torch this and the next are products, many times as fast as `mean` in bfloat16."""
+    """(N, C, H, W) → (N, C). In torch this and the next are products, many times as fast as `mean` in bfloat16.
+
+    In a graph first the rows', which ONNX Runtime takes in any layout, and then theirs: one sum of 65,536 values after
+    another would lose a hundred times as much to float32.
+    """
     if graph():
-        return x.mean(dim=(2, 3))
+        return F.avg_pool2d(x, (1, int(x.shape[-1]))).mean(dim=(2, 3))
     pixels = x.permute(0, 2, 3, 1).flatten(1, 2)
     return (pixels.new_full((1, pixels.shape[1]), 1 / pixels.shape[1]) @ pixels)[:, 0]
 
@@ -80,3 +86,16 @@ def dot(vector: Tensor, x: Tensor) -> Tensor:
     if graph():
         return (vector[:, None] @ x.flatten(2)).reshape(-1, *x.shape[2:])
     return (x.permute(0, 2, 3, 1).flatten(1, 2) @ vector[..., None]).reshape(-1, *x.shape[2:])
+
+
+def per_head(x: Tensor, weight: Tensor) -> Tensor:
+    """Each head's features times its own matrix: (N, T, heads, C), weight (heads, C, D) → (N, T, heads, D).
+
+    In a graph one product with all matrices along the diagonal of a large one: more multiply-adds, but no copies that
+    put heads first and last again.
+    """
+    if not graph():
+        return torch.einsum("nthc,hcd->nthd", x, weight)
+    heads, width, out = weight.shape
+    diagonal = torch.eye(heads)[:, None, :, None] * weight[:, :, None]
+    return (x.flatten(2) @ diagonal.reshape(heads * width, heads * out)).reshape(*x.shape[:2], heads, out)

@@ -34,9 +34,19 @@ def without_front_door() -> Iterator[None]:
 
 with without_front_door():
     from segment_anything.modeling.common import MLPBlock
-    from segment_anything.modeling.image_encoder import ImageEncoderViT
+    from segment_anything.modeling.image_encoder import Attention as SelfAttention
+    from segment_anything.modeling.image_encoder import ImageEncoderViT, get_rel_pos
     from segment_anything.modeling.mask_decoder import MaskDecoder
     from segment_anything.modeling.prompt_encoder import PromptEncoder
     from segment_anything.modeling.transformer import Attention, TwoWayTransformer
 
-__all__ = ["Attention", "ImageEncoderViT", "MLPBlock", "MaskDecoder", "PromptEncoder", "TwoWayTransformer"]
+__all__ = [
+    "Attention",
+    "ImageEncoderViT",
+    "MLPBlock",
+    "MaskDecoder",
+    "PromptEncoder",
+    "SelfAttention",
+    "TwoWayTransformer",
+    "get_rel_pos",
+]

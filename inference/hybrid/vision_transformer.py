@@ -1,7 +1,7 @@
 """SAM's image encoder at 256×256, cut into stages so that exchanges can happen between them.
 
-Everything but the adapters is segment-anything's own code. Source: SAM (Kirillov et al. 2023); the adapter beside
-each MLP follows SAMCT (2024).
+Everything but the adapters, and the order in which attention is computed, is segment-anything's own code. Source: SAM
+(Kirillov et al. 2023); the adapter beside each MLP follows SAMCT (2024).
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .config import IMAGE_SIZE, LEVELS, PATCH_SIZE, TOKENS, HybridConfig
-from .sam import ImageEncoderViT, MLPBlock
+from .sam import ImageEncoderViT, MLPBlock, SelfAttention, get_rel_pos
 
 ADAPTER_REDUCTION = 4
 ADAPTER_SCALE = 0.5
@@ -36,6 +36,36 @@ class AdaptedMLP(MLPBlock):
         return super().forward(x) + ADAPTER_SCALE * self.adapter(x)
 
 
+class PlacedAttention(SelfAttention):
+    """SAM's self-attention, in which a key's place relative to the query is part of their product.
+
+    SAM adds q · r(y_q - y_k) and q · r(x_q - x_k) to each score q · k, in two passes over scores of all pairs. Here the
+    query brings its products with the embedding of every row and column along, and the key ones where it is.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Tokens (N, height, width, E) → the same."""
+        n, height, width, channels = x.shape
+        qkv = self.qkv(x).reshape(n, height * width, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
+        query, key, value = qkv.reshape(3, n * self.num_heads, height * width, -1).unbind(0)
+        scores = self._from(query, height, width) @ self._at(key, height, width).transpose(1, 2)
+        seen = (scores.softmax(dim=-1) @ value).reshape(n, self.num_heads, height * width, -1).transpose(1, 2)
+        return self.proj(seen.reshape(n, height, width, channels))
+
+    def _from(self, query: Tensor, height: int, width: int) -> Tensor:
+        """(N · heads, tokens, C) → (N · heads, tokens, C + height + width)."""
+        placed = query.reshape(-1, height, width, query.shape[-1])
+        rows = torch.einsum("nhwc,hkc->nhwk", placed, get_rel_pos(height, height, self.rel_pos_h))
+        columns = torch.einsum("nhwc,wkc->nhwk", placed, get_rel_pos(width, width, self.rel_pos_w))
+        return torch.cat([query * self.scale, rows.flatten(1, 2), columns.flatten(1, 2)], dim=-1)
+
+    def _at(self, key: Tensor, height: int, width: int) -> Tensor:
+        """(N · heads, tokens, C) → (N · heads, tokens, C + height + width)."""
+        row, column = torch.eye(height).to(key), torch.eye(width).to(key)
+        place = torch.cat([row.repeat_interleave(width, 0), column.repeat(height, 1)], dim=1)
+        return torch.cat([key, place.expand(key.shape[0], -1, -1)], dim=-1)
+
+
 class StagedViT(ImageEncoderViT):
     """ViT whose blocks run in four stages; tokens are (slices, 16, 16, width) throughout."""
 
@@ -52,6 +82,8 @@ class StagedViT(ImageEncoderViT):
             global_attn_indexes=config.exchange_blocks,
         )
         for block in self.blocks:
+            side = block.window_size or TOKENS
+            block.attn = PlacedAttention(config.vit_width, config.vit_heads, use_rel_pos=True, input_size=(side, side))
             block.mlp = AdaptedMLP(config.vit_width, block.mlp.lin1.out_features)
         self.blocks_a_stage = config.vit_depth // LEVELS
 

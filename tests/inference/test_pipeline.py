@@ -216,7 +216,7 @@ class Cramped(BrightIsLesion):
     [
         (8, [5, 5], []),
         (3, [5, 2, 2, 2, 2, 2], ["2 instead of 5 slices"]),
-        (0, [5, 2, 1, 9], ["2 instead of 5", "1 instead of 2", "goes on without the GPU"]),
+        (0, [5, 2, 1, 5, 5], ["2 instead of 5", "1 instead of 2", "goes on without the GPU"]),
     ],
 )
 def test_out_of_memory_halves_the_batch_and_leads_to_the_cpu(caplog, room: int, tried: list, told: list) -> None:

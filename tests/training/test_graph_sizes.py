@@ -81,6 +81,39 @@ def test_what_a_kept_node_gives_is_not_written_twice() -> None:
     assert session.run(None, {"x": np.zeros((7, 6), np.float32)})[0].tolist() == [6, 7]
 
 
+def test_what_goes_back_to_its_shape_is_not_reshaped() -> None:
+    """x (N, 6) → (1, N, 6) → (1, N, 2, 3) → (N, 6), then the greatest of each row; and once to (N, 3, 2) on the way."""
+    nodes = [
+        constant("stack", [1, -1, 6]),
+        constant("halves", [1, -1, 2, 3]),
+        constant("rows", [-1, 6]),
+        constant("thirds", [-1, 3, 2]),
+        helper.make_node("Reshape", ["x", "stack"], ["stacked"]),
+        helper.make_node("Reshape", ["stacked", "halves"], ["halved"]),
+        helper.make_node("Reshape", ["halved", "rows"], ["back"]),
+        helper.make_node("Reshape", ["halved", "thirds"], ["y"]),
+        helper.make_node("ArgMax", ["back"], ["greatest"], axis=1),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "there and back",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", 6])],
+        [
+            helper.make_tensor_value_info("y", TensorProto.FLOAT, None),
+            helper.make_tensor_value_info("greatest", TensorProto.INT64, None),
+        ],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
+    write_out_sizes(model, [{"x": np.zeros((rows, 6), np.float32)} for rows in (1, 4)])
+    kept = [node for node in model.graph.node if node.op_type != "Constant"]
+    assert [(node.op_type, node.input[0]) for node in kept] == [("Reshape", "x"), ("ArgMax", "x")]
+    session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    x = np.random.default_rng(0).random((7, 6), np.float32)
+    y, greatest = session.run(None, {"x": x})
+    np.testing.assert_array_equal(y, x.reshape(7, 3, 2))
+    np.testing.assert_array_equal(greatest[:, 0], x.argmax(axis=1))
+
+
 def test_branches_are_refused() -> None:
     inner = helper.make_graph([], "inner", [], [])
     node = helper.make_node("If", ["x"], ["y"], then_branch=inner, else_branch=inner)

@@ -15,8 +15,10 @@ from inference.hybrid.cnn_unet import (
 )
 from inference.hybrid.config import HybridConfig
 from inference.hybrid.cross_branch import HEADS, CnnToVit, VitToCnn, unwindow, windows
-from inference.hybrid.layout import channel_mean, cut_planes, dot, double_size, join, plane_mean
+from inference.hybrid.layout import channel_mean, cut_planes, dot, double_size, join, per_head, plane_mean
 from inference.hybrid.mask_decoder import BatchMaskDecoder
+from inference.hybrid.sam import SelfAttention
+from inference.hybrid.vision_transformer import PlacedAttention
 
 CONFIG = HybridConfig(64, 4, 4, 0, cnn_width=8, prompt_dim=32)
 
@@ -29,10 +31,23 @@ def test_windows_holds_the_pixels_under_each_token() -> None:
     torch.testing.assert_close(unwindow(cut[..., 0]), image[..., 0])
 
 
-def test_token_attention_is_multi_head_attention_over_projected_pixels() -> None:
+def test_attention_is_sams() -> None:
+    """Of a token grid that is no square, so that rows and columns cannot change places."""
+    torch.manual_seed(0)
+    ours = PlacedAttention(64, 4, use_rel_pos=True, input_size=(4, 6)).double()
+    for table in (ours.rel_pos_h, ours.rel_pos_w):
+        torch.nn.init.normal_(table)
+    sams = SelfAttention(64, 4, use_rel_pos=True, input_size=(4, 6)).double()
+    sams.load_state_dict(ours.state_dict())
+    tokens = torch.randn(3, 4, 6, 64).double()
+    torch.testing.assert_close(ours(tokens), sams(tokens))
+
+
+@pytest.mark.parametrize("count", [16, 1])
+def test_token_attention_is_multi_head_attention_over_projected_pixels(count: int) -> None:
     torch.manual_seed(0)
     layer = CnnToVit(64, 24).double()
-    tokens, pixels = torch.randn(2, 256, 64).double(), torch.randn(2, 256, 16, 24).double()
+    tokens, pixels = torch.randn(2, 256, 64).double(), torch.randn(2, 256, count, 24).double()
 
     def split(x: torch.Tensor) -> torch.Tensor:  # (2, 256, n, 64) → (2, 256, heads, n, 8)
         return x.unflatten(-1, (HEADS, -1)).transpose(2, 3)
@@ -43,12 +58,13 @@ def test_token_attention_is_multi_head_attention_over_projected_pixels() -> None
     torch.testing.assert_close(layer(tokens, pixels), plain + 0.5 * layer.adapter(plain))
 
 
-def test_pixel_gate_matches_its_definition() -> None:
+@pytest.mark.parametrize("count", [16, 1])
+def test_pixel_gate_matches_its_definition(count: int) -> None:
     torch.manual_seed(0)
     layer = VitToCnn(64, 24).double()
-    tokens, pixels = torch.randn(2, 256, 64).double(), torch.randn(2, 256, 16, 24).double()
+    tokens, pixels = torch.randn(2, 256, 64).double(), torch.randn(2, 256, count, 24).double()
     match = (layer.pixel(pixels) * tokens[:, :, None]).sum(-1) / 64**0.5
-    weight = 0.5 + torch.sigmoid(match.softmax(-1) - 1 / 16)
+    weight = 0.5 + torch.sigmoid(match.softmax(-1) - 1 / count)
     summary = torch.stack([tokens.mean(-1), tokens.max(-1).values], 1).reshape(2, 2, 16, 16)
     scalar = torch.sigmoid(layer.token_gate(summary)).reshape(2, 256, 1)
     torch.testing.assert_close(layer(tokens, pixels), scalar * weight)
@@ -96,6 +112,7 @@ def test_a_graphs_forms_are_torchs(monkeypatch) -> None:
     torch.manual_seed(0)
     maps, planes = torch.randn(2, 5, 6, 4, 8).double(), torch.randn(3, 6, 4, 8).double()
     weight, bias, vector = torch.randn(6, 4, 2, 2).double(), torch.randn(4).double(), torch.randn(3, 6).double()
+    matrices = torch.randn(4, 8, 5).double()
     said = []
     for exporting in (False, True):
         monkeypatch.setattr(layout, "graph", lambda exporting=exporting: exporting)
@@ -107,11 +124,13 @@ def test_a_graphs_forms_are_torchs(monkeypatch) -> None:
                 plane_mean(planes),
                 channel_mean(planes),
                 double_size(planes, weight, bias),
+                per_head(planes, matrices),
                 dot(vector, planes),
             ]
         )
     for ours, graphs in zip(*said, strict=True):
         torch.testing.assert_close(ours, graphs)
+    torch.testing.assert_close(said[0][-2][:, :, 2], planes[:, :, 2] @ matrices[2])
     torch.testing.assert_close(said[0][-1], (vector[:, :, None, None] * planes).sum(dim=1))
 
 
