@@ -98,8 +98,8 @@ def check_files(settings: Settings) -> None:
             read_folder(folder)
     if not halves(judged_entries(settings))[1]:
         raise ValueError(
-            f"--held-out {settings.held_out[0]}: one patient at most is annotated completely, but thresholds are "
-            "chosen on some and judged on others: add scans of others"
+            f"--held-out {' '.join(map(str, settings.held_out))}: one patient at most is annotated completely in each, "
+            "but thresholds are chosen on some and judged on others: add scans of others"
         )
 
 

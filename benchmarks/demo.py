@@ -65,6 +65,11 @@ def prepare(folder: Path) -> Phantom:
 
 
 def main(out: Path = Path("demo")) -> int:
+    """Segment one phantom CT.
+
+    Args:
+        out: folder to write
+    """
     out.mkdir(parents=True, exist_ok=True)
     print(f"generating a phantom CT in {out}/imagesTr …", flush=True)
     phantom = prepare(out)

@@ -116,7 +116,7 @@ def measure(contestant: Contestant, scan: Path, work: Path, settings: Settings) 
     gpu = find_gpu(0) if settings.device == "cuda" else None
     work.mkdir(parents=True)
     counted = f"{shlex.join([sys.executable, '-S', '-c', COUNTING])} {contestant.command}"
-    run = run_case(local_command(counted, None), scan, work, system_readers(gpu), settings.timeout_s)
+    run = run_case(local_command(counted, gpu and 0), scan, work, system_readers(gpu), settings.timeout_s)
     if run.status != "done":
         raise RuntimeError(f"{contestant.command}: {run.status}: {run.output[-2000:]}")
     usage, ram_mib = usage_of(run.samples, run.idle_gpu_mib), [sample.ram_mib for sample in run.samples]

@@ -137,6 +137,7 @@ def judge_folder(
 
 
 def main(settings: Settings) -> None:
+    names = {folder: scans_of(settings.data, folder, "val") for folder in read_splits(settings.data)}
     pipeline = Recorder(settings.weights)
     told: dict[str, Any] = {
         "date": datetime.now(UTC).date().isoformat(),
@@ -146,9 +147,8 @@ def main(settings: Settings) -> None:
         "unet": pipeline.manifest.files["unet"]["sha256"],
     }
     drawn: dict[str, tuple[Volume, Masks]] = {}
-    for folder in read_splits(settings.data):
-        names = scans_of(settings.data, folder, "val")
-        cases, pictures, size = judge_folder(pipeline, settings.data / folder, names)
+    for folder, scans in names.items():
+        cases, pictures, size = judge_folder(pipeline, settings.data / folder, scans)
         drawn |= pictures
         told[folder] = {"ellipsoid_size": round(size, 2), **summary(cases), "cases": cases}
         for network, row in summary(cases).items():

@@ -247,13 +247,14 @@ def _start(runner: Runner, argv: Sequence[str]) -> subprocess.Popen[bytes]:
 def _wait(process: subprocess.Popen[bytes], timeout_s: float, expire: Callable[[], None]) -> float:
     """The moment at which the process has ended; `expire` is called where that takes too long."""
     timer = threading.Timer(timeout_s, expire)
-    timer.start()
     try:
+        timer.start()
         process.wait()
         return time.monotonic()
     finally:
         timer.cancel()
-        timer.join()
+        if timer.is_alive():
+            timer.join()
 
 
 @contextmanager

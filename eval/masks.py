@@ -75,13 +75,16 @@ def _cast(stored: NDArray[Any]) -> NDArray[np.uint8]:
 
 
 def _notes(stored: NDArray[Any]) -> tuple[str, ...]:
-    notes = []
+    notes, unknown = [], np.isnan(stored)
+    stored = np.where(unknown, 0, stored) if unknown.any() else stored
+    if unknown.any():
+        notes.append("values that are no number, which count as 0")
     if stored.size and stored.max() > 1:
         notes.append(f"labels above 1 (up to {stored.max():g})")
     if stored.size and stored.min() < 0:
         notes.append(f"negative labels (down to {stored.min():g})")
     if stored.dtype.kind == "f":
-        whole = np.nan_to_num(stored) == np.trunc(np.nan_to_num(stored))
+        whole = stored == np.trunc(stored)
         notes.append(WHOLE_FLOATS if whole.all() else "fractions, which are cut off (0.9999 counts as 0)")
     return tuple(notes)
 

@@ -39,7 +39,7 @@ def prepare(
 def place(cache: Path, entry: Entry) -> Path:
     """Folder of a case's arrays; another one as soon as one of its files or its row changes."""
     files = [path for path in (entry.scan, entry.label, entry.organs) if path]
-    state = [repr((entry.healthy, entry.annotated))] + ["pseudo"] * entry.pseudo
+    state = [repr((entry.healthy, entry.annotated, entry.pseudo))]
     state += [f"{path.resolve()} {path.stat().st_size} {path.stat().st_mtime_ns}" for path in files]
     return cache / f"{entry.name}-{hashlib.sha256(' '.join(state).encode()).hexdigest()[:12]}"
 

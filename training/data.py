@@ -169,7 +169,10 @@ def _entry(folder: Path, name: str, scan: Path, row: dict[str, str] | None) -> E
         raise ValueError("said to be annotated, but labelsTr has no mask of it")
     if healthy and annotated == "partial":
         raise ValueError("healthy, and partly annotated: a healthy scan is complete")
-    known = row["lesion_type"], row.get("patient", ""), row.get("pseudo") == "1"
+    pseudo = row.get("pseudo") or "0"
+    if pseudo not in ("0", "1"):
+        raise ValueError(f"pseudo is {pseudo!r}, not 0 or 1")
+    known = row["lesion_type"], row.get("patient", ""), pseudo == "1"
     return Entry(name, scan, label, organs, annotated, healthy, *known)  # type: ignore[arg-type]
 
 

@@ -34,18 +34,23 @@ def write_out_sizes(model: onnx.ModelProto, examples: Sequence[Feed]) -> None:
     found = [_values(model, sizes, asked, feed) for feed in examples]
     first, *others = found
     known = {name: first[name] for name in sizes if all(_equal(first[name], other[name]) for other in others)}
+    written = []
     for node in reshaped:
         name = _shape_name(node.output[0])
         varies = np.any([first[name] != other[name] for other in others], axis=0)
         if varies.sum() <= 1:
             known[name] = np.where(varies, VARYING, first[name]).astype(np.int64)
             node.input[1] = name
-    _skip_round_trips(model, reshaped, found)
+            written.append(node)
+    _skip_round_trips(model, written, found)
     _replace(model, known)
 
 
 def _skip_round_trips(model: onnx.ModelProto, reshaped: Sequence[onnx.NodeProto], found: Sequence[Found]) -> None:
-    """What is reshaped to the shape that it once had is not reshaped; `found` tells the shapes, of each example."""
+    """What is reshaped to the shape that it once had is not reshaped; `found` tells the shapes, of each example.
+
+    reshaped: to shapes that are constants without zeros, which would copy a side of what is reshaped.
+    """
     origin: dict[str, str] = {}  # of what was reshaped, however often
     for node in reshaped:
         node.input[0] = origin[node.output[0]] = origin.get(node.input[0], node.input[0])
@@ -99,7 +104,7 @@ def _replace(model: onnx.ModelProto, known: Mapping[str, NDArray[np.generic]]) -
 
 
 def _keep_asked(model: onnx.ModelProto, known: Collection[str]) -> set[str]:
-    """Nodes whose results nobody asks for, or all are `known`, go; all that is asked for."""
+    """Drop nodes of whose results none is asked for, or all are `known`; names of all that is asked for."""
     asked, kept = {output.name for output in model.graph.output}, []
     for node in reversed(model.graph.node):
         if asked.intersection(node.output) and not set(node.output).issubset(known):

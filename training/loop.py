@@ -7,6 +7,7 @@ batch.
 
 from __future__ import annotations
 
+import errno
 import io
 import itertools
 import json
@@ -44,6 +45,7 @@ from training.resume import recorded, tell_changes
 from training.settings import refuse_less
 from training.sources import refuse_shares
 
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 WARM_UP = 0.02  # share of the budget
 STEP_DECAYS = 4  # of the `step` schedule, each by half
 CHECKPOINT, LOG = "checkpoint.pt", "log.jsonl"
@@ -146,9 +148,8 @@ def write_file(path: Path, content: bytes) -> None:
     try:
         write_whole(path, content)
     except OSError as error:
-        raise OSError(
-            f"{path}: cannot be written ({error.strerror}): make room there, and call again with the same --out"
-        ) from error
+        mend = "make room there" if error.errno in NO_ROOM else "make that folder writable"
+        raise OSError(f"{path}: cannot be written ({error.strerror}): {mend}, and call again") from error
 
 
 def load_weights(network: nn.Module, path: Path) -> None:

@@ -25,7 +25,7 @@ def tell_changes(checkpoint: Path, before: Mapping[str, str], now: Mapping[str, 
     changed = [name for name in now if before.get(name, now[name]) != now[name]]
     sentences = (
         ([name for name in changed if name not in FIRST_STEP], "the run goes on with what is given now"),
-        ([name for name in changed if name in FIRST_STEP], "the run goes on from what it has learnt, and uses neither"),
+        ([name for name in changed if name in FIRST_STEP], "the run goes on from what it has learnt, without that"),
     )
     return [f"{checkpoint}: {_list(names, before, now)}: {used}" for names, used in sentences if names]
 

@@ -25,6 +25,6 @@ def read_splits(data: Path) -> dict[str, dict[str, list[str]]]:
 def scans_of(data: Path, folder: str, split: str) -> list[str]:
     """Names of a folder's scans of one split. ValueError where there are none."""
     names = read_splits(data).get(folder, {}).get(split)
-    if not names:
+    if not names or not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise ValueError(f"{data / SPLITS}: names no scan of {folder} under {split}: copy the data again")
     return names

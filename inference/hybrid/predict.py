@@ -16,7 +16,7 @@ from .config import IMAGE_SIZE, HybridConfig
 
 logger = logging.getLogger(__name__)
 
-MAX_BATCH = 8  # target slices: more take memory and bring no speed
+MAX_BATCH = 8  # target slices: on two cores more take memory and bring no speed
 LIVE_MAPS = 16  # full-resolution maps of the CNN alive at the peak, counted in `cnn_width` channels
 Float = NDArray[np.float32]
 

@@ -61,7 +61,7 @@ class PlacedAttention(SelfAttention):
 
     def _at(self, key: Tensor, height: int, width: int) -> Tensor:
         """(N · heads, tokens, C) → (N · heads, tokens, C + height + width)."""
-        row, column = torch.eye(height).to(key), torch.eye(width).to(key)
+        row, column = (torch.eye(side, dtype=key.dtype, device=key.device) for side in (height, width))
         place = torch.cat([row.repeat_interleave(width, 0), column.repeat(height, 1)], dim=1)
         return torch.cat([key, place.expand(key.shape[0], -1, -1)], dim=-1)
 

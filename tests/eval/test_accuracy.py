@@ -116,8 +116,9 @@ def test_labels_above_one_score_nothing_and_are_told(folders, capsys) -> None:
         (np.array([0, 0.9999], np.float32), 1),
         (np.array([0, 2], np.uint8), 1),
         (np.array([0, -1], np.int8), 1),
+        (np.array([0, np.nan], np.float32), 1),
     ],
-    ids=["mask", "whole floats", "fractions", "label 2", "negative"],
+    ids=["mask", "whole floats", "fractions", "label 2", "negative", "no number"],
 )
 def test_what_costs_points_is_told_by_the_exit_code(tmp_path: Path, stored: np.ndarray, code: int) -> None:
     predictions, references = tmp_path / "predictions", tmp_path / "references"

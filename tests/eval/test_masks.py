@@ -19,6 +19,9 @@ def write(path: Path, array: np.ndarray, affine: np.ndarray = AFFINE, dtype: typ
     return path
 
 
+NO_NUMBERS = "values that are no number, which count as 0"
+
+
 def test_fractions_are_cut_off_and_told(tmp_path: Path) -> None:
     mask = read_mask(write(tmp_path / "x.nii.gz", np.array([[[0.0, 0.9999, 1.0]]], np.float32)))
     assert mask.voxels.tolist() == [[[0, 0, 1]]]
@@ -31,7 +34,8 @@ def test_fractions_are_cut_off_and_told(tmp_path: Path) -> None:
     [
         ([0, 1, 2], np.uint8, [0, 1, 2], "labels above 1 (up to 2)"),
         ([0, 1, 1], np.float32, [0, 1, 1], "stored as floats"),
-        ([0, 1, np.nan], np.float32, [0, 1, 0], "stored as floats"),
+        ([0, 1, np.nan], np.float32, [0, 1, 0], f"{NO_NUMBERS}; stored as floats"),
+        ([0, 2, np.nan], np.float32, [0, 2, 0], f"{NO_NUMBERS}; labels above 1 (up to 2); stored as floats"),
         ([0, 1, 300], np.int16, [0, 1, 44], "labels above 1 (up to 300)"),  # 300 − 256, as numpy casts
         ([0, 1, -1], np.int8, [0, 1, 255], "negative labels (down to -1)"),
         ([0, 1, 1], np.int16, [0, 1, 1], ""),

@@ -114,6 +114,32 @@ def test_what_goes_back_to_its_shape_is_not_reshaped() -> None:
     np.testing.assert_array_equal(greatest[:, 0], x.argmax(axis=1))
 
 
+def test_a_shape_that_copies_a_side_keeps_what_it_copies_from() -> None:
+    """x (n, m) → (1, n·m) → (0, n, −1), where 0 is the side of what is reshaped, 1, and two others vary."""
+    nodes = [
+        constant("flat", [1, -1]),
+        constant("zero", [0]),
+        constant("one", [1]),
+        constant("rest", [-1]),
+        helper.make_node("Reshape", ["x", "flat"], ["row"]),
+        helper.make_node("Shape", ["x"], ["sides"]),
+        helper.make_node("Slice", ["sides", "zero", "one"], ["count"]),
+        helper.make_node("Concat", ["zero", "count", "rest"], ["wanted"], axis=0),
+        helper.make_node("Reshape", ["row", "wanted"], ["y"]),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "copying",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", "m"])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
+    write_out_sizes(model, [{"x": np.zeros(shape, np.float32)} for shape in ((2, 3), (5, 7))])
+    session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    x = np.random.default_rng(0).random((3, 4), np.float32)
+    np.testing.assert_array_equal(session.run(None, {"x": x})[0], x[None])
+
+
 def test_branches_are_refused() -> None:
     inner = helper.make_graph([], "inner", [], [])
     node = helper.make_node("If", ["x"], ["y"], then_branch=inner, else_branch=inner)

@@ -188,7 +188,7 @@ def test_a_run_that_goes_on_otherwise_says_so(folder: Path, tmp_path: Path, caps
     assert told == [
         f"{checkpoint}--steps was 2 and is 3, --learning-rate was 0.005 and is 0.001, --seed was 0 and is 7: "
         "the run goes on with what is given now",
-        f"{checkpoint}--weights was None and is {weights}: the run goes on from what it has learnt, and uses neither",
+        f"{checkpoint}--weights was None and is {weights}: the run goes on from what it has learnt, without that",
     ]
     train_unet(replace(begun, steps=3, seed=7, learning_rate=1e-3, weights=weights))  # what was told is the run's own
     assert "goes on" not in capsys.readouterr().err
