@@ -214,7 +214,8 @@ def test_dataset_is_complete(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         rows = list(csv.DictReader(file))
     assert [row["case"] for row in rows] == ["phantom_000005", "phantom_000006", "phantom_000007"]
     for row in rows:
-        assert set(row) == {"case", "annotated", "healthy", "lesion_type", "patient"}
+        assert set(row) == {"case", "annotated", "healthy", "lesion_type", "patient", "pseudo"}
+        assert row["pseudo"] == "0"
         assert row["annotated"] == ("complete" if row["healthy"] == "1" else "partial")
         assert (tmp_path / "imagesTr" / f"{row['case']}_0000.nii.gz").exists()
         label, complete = (
