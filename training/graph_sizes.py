@@ -8,7 +8,7 @@ keeps one convolution from taking the other's result in the layout that both pre
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import onnx
@@ -96,20 +96,14 @@ def _equal(one: NDArray[np.generic], other: NDArray[np.generic]) -> bool:
 
 
 def _replace(model: onnx.ModelProto, known: Mapping[str, NDArray[np.generic]]) -> None:
-    """Constants for what is known."""
-    asked = _keep_asked(model, known.keys())
-    made = {name for node in model.graph.node for name in node.output}
-    constants = [name for name in known if name in asked and name not in made]
-    model.graph.initializer.extend(numpy_helper.from_array(known[name], name) for name in constants)
-
-
-def _keep_asked(model: onnx.ModelProto, known: Collection[str]) -> set[str]:
-    """Drop nodes of whose results none is asked for, or all are `known`; names of all that is asked for."""
+    """Constants for what is known; nodes whose results nobody asks for go."""
     asked, kept = {output.name for output in model.graph.output}, []
     for node in reversed(model.graph.node):
-        if asked.intersection(node.output) and not set(node.output).issubset(known):
+        if asked.intersection(node.output) and not known.keys() >= set(node.output):
             asked.update(node.input)
             kept.append(node)
     del model.graph.node[:]
     model.graph.node.extend(reversed(kept))
-    return asked
+    made = {name for node in kept for name in node.output}
+    constants = [name for name in known if name in asked and name not in made]
+    model.graph.initializer.extend(numpy_helper.from_array(known[name], name) for name in constants)

@@ -82,8 +82,7 @@ class StagedViT(ImageEncoderViT):
             global_attn_indexes=config.exchange_blocks,
         )
         for block in self.blocks:
-            side = block.window_size or TOKENS
-            block.attn = PlacedAttention(config.vit_width, config.vit_heads, use_rel_pos=True, input_size=(side, side))
+            block.attn.__class__ = PlacedAttention  # nothing is added to it: a new one would be initialised for nothing
             block.mlp = AdaptedMLP(config.vit_width, block.mlp.lin1.out_features)
         self.blocks_a_stage = config.vit_depth // LEVELS
 

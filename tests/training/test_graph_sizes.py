@@ -15,6 +15,17 @@ def constant(name: str, values: list[int]) -> onnx.NodeProto:
     return helper.make_node("Constant", [], [name], value=numpy_helper.from_array(np.array(values, np.int64)))
 
 
+def model_of(nodes: list[onnx.NodeProto], x: list[str | int], **outputs: int) -> onnx.ModelProto:
+    """Of an input x of these sides and of outputs, by name, of these types."""
+    graph = helper.make_graph(
+        nodes,
+        "traced",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, x)],
+        [helper.make_tensor_value_info(name, kind, None) for name, kind in outputs.items()],
+    )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
+
+
 def traced() -> onnx.ModelProto:
     """x (N, 6) → its rows but the last one as (N − 1, 2, 3), and where each row is greatest, as a trace writes them."""
     nodes = [
@@ -33,16 +44,7 @@ def traced() -> onnx.ModelProto:
         helper.make_node("Reshape", ["most", "wanted"], ["y"]),
         helper.make_node("ArgMax", ["x"], ["greatest"], axis=1),  # a whole number, but no size
     ]
-    graph = helper.make_graph(
-        nodes,
-        "traced",
-        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", 6])],
-        [
-            helper.make_tensor_value_info("y", TensorProto.FLOAT, None),
-            helper.make_tensor_value_info("greatest", TensorProto.INT64, None),
-        ],
-    )
-    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
+    return model_of(nodes, ["n", 6], y=TensorProto.FLOAT, greatest=TensorProto.INT64)
 
 
 def test_sizes_become_constants_and_results_stay() -> None:
@@ -69,13 +71,7 @@ def test_what_a_kept_node_gives_is_not_written_twice() -> None:
         helper.make_node("Split", ["sides"], ["rows", "columns"]),
         helper.make_node("Concat", ["columns", "rows"], ["y"], axis=0),
     ]
-    graph = helper.make_graph(
-        nodes,
-        "both",
-        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", 6])],
-        [helper.make_tensor_value_info("y", TensorProto.INT64, None)],
-    )
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
+    model = model_of(nodes, ["n", 6], y=TensorProto.INT64)
     write_out_sizes(model, [{"x": np.zeros((rows, 6), np.float32)} for rows in (1, 4)])
     session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
     assert session.run(None, {"x": np.zeros((7, 6), np.float32)})[0].tolist() == [6, 7]
@@ -94,16 +90,7 @@ def test_what_goes_back_to_its_shape_is_not_reshaped() -> None:
         helper.make_node("Reshape", ["halved", "thirds"], ["y"]),
         helper.make_node("ArgMax", ["back"], ["greatest"], axis=1),
     ]
-    graph = helper.make_graph(
-        nodes,
-        "there and back",
-        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", 6])],
-        [
-            helper.make_tensor_value_info("y", TensorProto.FLOAT, None),
-            helper.make_tensor_value_info("greatest", TensorProto.INT64, None),
-        ],
-    )
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
+    model = model_of(nodes, ["n", 6], y=TensorProto.FLOAT, greatest=TensorProto.INT64)
     write_out_sizes(model, [{"x": np.zeros((rows, 6), np.float32)} for rows in (1, 4)])
     kept = [node for node in model.graph.node if node.op_type != "Constant"]
     assert [(node.op_type, node.input[0]) for node in kept] == [("Reshape", "x"), ("ArgMax", "x")]
@@ -127,13 +114,7 @@ def test_a_shape_that_copies_a_side_keeps_what_it_copies_from() -> None:
         helper.make_node("Concat", ["zero", "count", "rest"], ["wanted"], axis=0),
         helper.make_node("Reshape", ["row", "wanted"], ["y"]),
     ]
-    graph = helper.make_graph(
-        nodes,
-        "copying",
-        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", "m"])],
-        [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)],
-    )
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
+    model = model_of(nodes, ["n", "m"], y=TensorProto.FLOAT)
     write_out_sizes(model, [{"x": np.zeros(shape, np.float32)} for shape in ((2, 3), (5, 7))])
     session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
     x = np.random.default_rng(0).random((3, 4), np.float32)
