@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Collection, Iterable
+from functools import partial
 from pathlib import Path
 
 import tyro
+
+from training.command_line import exit_code
 
 
 def run_main(main: Callable[..., int | None], description: str | None) -> int:
@@ -15,14 +18,8 @@ def run_main(main: Callable[..., int | None], description: str | None) -> int:
     2 and a line on stderr where the user has something to mend.
     """
     prog = f"python -m benchmarks.{Path(sys.argv[0]).stem}"
-    try:
-        return tyro.cli(main, prog=prog, description=description, config=(tyro.conf.OmitArgPrefixes,)) or 0
-    except (ValueError, OSError) as error:
-        print(error, file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
+    command = partial(tyro.cli, main, prog=prog, description=description, config=(tyro.conf.OmitArgPrefixes,))
+    return exit_code(command, 2, "interrupted")
 
 
 def refuse_unknown(option: str, named: Iterable[str], known: Collection[str]) -> None:

@@ -9,10 +9,12 @@ from __future__ import annotations
 import signal
 import sys
 from collections.abc import Callable
+from functools import partial
 
 import tyro
 
 from training import calibration, hybrid_training, implant, phantom, pseudo_labels, release, unet_training, unfold
+from training.command_line import exit_code
 
 COMMANDS: dict[str, Callable[..., None]] = {
     "phantoms": phantom.main,
@@ -28,17 +30,14 @@ COMMANDS: dict[str, Callable[..., None]] = {
 
 def main() -> int:
     """0 where the stage was done; 1 and a line on stderr where the user has something to mend; 130 if interrupted."""
-    try:
-        tyro.extras.subcommand_cli_from_dict(
-            COMMANDS, prog="python -m training", description=__doc__, config=(tyro.conf.OmitArgPrefixes,)
-        )
-    except (ValueError, OSError) as error:
-        print(error, file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("interrupted: a training goes on when it is called again with the same --out", file=sys.stderr)
-        return 130
-    return 0
+    command = partial(
+        tyro.extras.subcommand_cli_from_dict,
+        COMMANDS,
+        prog="python -m training",
+        description=__doc__,
+        config=(tyro.conf.OmitArgPrefixes,),
+    )
+    return exit_code(command, 1, "interrupted: a training goes on when it is called again with the same --out")
 
 
 if __name__ == "__main__":
