@@ -2,11 +2,13 @@
 
     python -m eval COMMAND --help
 
-Exit code 0: done, nothing amiss; 1: done, but some case failed or costs points; 2: wrong usage or input.
+Exit code 0: done, nothing amiss; 1: done, but some case failed or costs points; 2: wrong usage or input; 130:
+interrupted.
 """
 
 from __future__ import annotations
 
+import signal
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -22,6 +24,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "report": report.Settings,
     "submission": submission.Settings,
 }
+INTERRUPTED = 130  # as a shell has it
 
 
 def main() -> int:
@@ -31,7 +34,11 @@ def main() -> int:
     except (ValueError, OSError) as error:
         print(error, file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("interrupted: results written before are whole", file=sys.stderr)
+        return INTERRUPTED
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that what was started ends with it
     sys.exit(main())

@@ -259,23 +259,24 @@ def _wait(process: subprocess.Popen[bytes], timeout_s: float, expire: Callable[[
 
 @contextmanager
 def _interrupt_held() -> Iterator[None]:
-    """SIGINT that comes meanwhile is handled at the end.
+    """SIGINT or SIGTERM that comes meanwhile is handled at the end.
 
-    Its handler is replaced, not the signal blocked: another thread would take that, and a child would inherit it. Only
-    the main thread can, and only there would the handler raise anything.
+    Their handlers are replaced, not the signals blocked: another thread would take that, and a child would inherit it.
+    Only the main thread can, and only there would the handler raise anything.
     """
-    handler = signal.getsignal(signal.SIGINT)
-    if threading.current_thread() is not threading.main_thread() or not callable(handler):
+    if threading.current_thread() is not threading.main_thread():
         yield
         return
+    numbers = [number for number in (signal.SIGINT, signal.SIGTERM) if callable(signal.getsignal(number))]
     came: list[int] = []
-    signal.signal(signal.SIGINT, lambda number, _: came.append(number))
+    handlers = {number: signal.signal(number, lambda number, _: came.append(number)) for number in numbers}
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, handler)
-        if came:
-            handler(signal.SIGINT, None)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        for number in came:
+            signal.raise_signal(number)
 
 
 def _end(process: subprocess.Popen[bytes], runner: Runner, name: str) -> None:

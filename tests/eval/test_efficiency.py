@@ -9,6 +9,7 @@ import os
 import shlex
 import signal
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -25,6 +26,12 @@ from eval.machine import Gpu
 from eval.sampler import system_readers
 
 OFFICIAL_COLUMNS = "Name,Time,MaxGPU_Mem,AUC_GPU_Time,MaxCPU_Utilization,AUC_CPU_Time,MaxRAM,AUC_RAM_Time"
+INTERRUPTS = (signal.SIGINT, signal.SIGTERM)
+# `python -m eval`, even where the tests run in a shell's background job, in which SIGINT is ignored
+INTERRUPTIBLE = (
+    "import runpy, signal; signal.signal(signal.SIGINT, signal.default_int_handler);"
+    "runpy.run_module('eval', run_name='__main__', alter_sys=True)"
+)
 
 
 def write_scans(folder: Path, *cases: str) -> Path:
@@ -184,23 +191,31 @@ def test_a_command_that_hangs_is_killed_with_its_children(tmp_path: Path, capsys
 
 @pytest.fixture
 def interruptible() -> Iterator[None]:
-    """SIGINT raises KeyboardInterrupt; a shell's background job, as which the tests may run, would ignore it."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    """Both signals raise KeyboardInterrupt; a shell's background job, as which the tests may run, would ignore one."""
+    before = {number: signal.signal(number, signal.default_int_handler) for number in INTERRUPTS}
     yield
-    signal.signal(signal.SIGINT, before)
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def wait_for_group(tmp_path: Path) -> int:
+    """The process group that a started script wrote down."""
+    group = tmp_path / "group"
+    while not (group.exists() and group.read_text().endswith("\n")):  # it is there before it is written
+        time.sleep(0.01)
+    return int(group.read_text())
 
 
 @pytest.mark.usefixtures("interruptible")
-def test_an_interrupt_ends_what_was_started(tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", INTERRUPTS)
+def test_an_interrupt_ends_what_was_started(tmp_path: Path, number: signal.Signals) -> None:
     work, scans = tmp_path / "work", write_scans(tmp_path / "inputs", "a")
     work.mkdir()
     runner = LocalCommand(tuple(shlex.split(script(tmp_path, f'echo $$ > "{tmp_path}/group"; sleep 600'))), None)
 
     def interrupt() -> None:
-        group = tmp_path / "group"
-        while not (group.exists() and group.read_text().endswith("\n")):  # it is there before it is written
-            time.sleep(0.01)
-        os.kill(os.getpid(), signal.SIGINT)
+        wait_for_group(tmp_path)
+        os.kill(os.getpid(), number)
 
     threading.Thread(target=interrupt, daemon=True).start()
     with pytest.raises(KeyboardInterrupt):
@@ -208,8 +223,33 @@ def test_an_interrupt_ends_what_was_started(tmp_path: Path) -> None:
     assert_all_gone(int((tmp_path / "group").read_text()))
 
 
+@pytest.mark.parametrize("number", INTERRUPTS)
+def test_an_interrupted_program_says_so(tmp_path: Path, number: signal.Signals) -> None:
+    write_scans(tmp_path / "inputs", "a")
+    command = script(tmp_path, f'echo $$ > "{tmp_path}/group"; sleep 600')
+    options = ["--inputs", "inputs", "--out", "out", "--cpu-only", "--command", command]
+    program = subprocess.Popen(
+        [sys.executable, "-c", INTERRUPTIBLE, "efficiency", *options],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(Path.cwd())},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    group = wait_for_group(tmp_path)
+    program.send_signal(number)
+    _, said = program.communicate(timeout=60)
+    assert program.returncode == 130
+    assert said.splitlines()[-1] == "interrupted: results written before are whole"
+    assert "Traceback" not in said
+    assert [path.name for path in (tmp_path / "out").glob(".*")] == []
+    assert_all_gone(group)
+
+
 @pytest.mark.usefixtures("interruptible")
-def test_an_interrupt_as_it_starts_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("number", INTERRUPTS)
+def test_an_interrupt_as_it_starts_leaves_nothing_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
+) -> None:
     """The child runs, and its parent does not know of it yet."""
     started = []
 
@@ -217,7 +257,7 @@ def test_an_interrupt_as_it_starts_leaves_nothing_behind(tmp_path: Path, monkeyp
         def __init__(self, *arguments: Any, **options: Any) -> None:
             super().__init__(*arguments, **options)
             started.append(self.pid)
-            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), number)
             time.sleep(0.1)  # a signal's handler runs between two steps of Python
 
     monkeypatch.setattr(subprocess, "Popen", Interrupted)
@@ -228,7 +268,7 @@ def test_an_interrupt_as_it_starts_leaves_nothing_behind(tmp_path: Path, monkeyp
         run_case(runner, scans / "a_0000.nii.gz", work, system_readers(None), 60)
     assert len(started) == 1
     assert_all_gone(started[0])
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(number) is signal.default_int_handler
 
 
 def assert_all_gone(group: int) -> None:
