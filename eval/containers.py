@@ -275,8 +275,8 @@ def _interrupt_held() -> Iterator[None]:
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
-        for number in came:
-            signal.raise_signal(number)
+        for held_back in came:
+            signal.raise_signal(held_back)
 
 
 def _end(process: subprocess.Popen[bytes], runner: Runner, name: str) -> None:

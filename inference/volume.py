@@ -27,6 +27,7 @@ from .files import HEADER_BYTES, LPS_TO_RAS, MAX_VOXELS, Image, open_nifti
 from .limits import room_mib
 
 AIR_HU = -1024  # padding below this is clipped
+LEAST_RANGE_HU = 50  # of a scan: fat and muscle alone are further apart
 BODY_HU = -500  # between air and fat
 NIFTI_SUFFIXES = (".nii.gz", ".nii")
 SCAN_SUFFIXES = (*NIFTI_SUFFIXES, ".mha", ".nrrd")
@@ -84,6 +85,18 @@ class Volume:
     @property
     def body(self) -> NDArray[np.int16]:
         return self.hu[self.box]
+
+    @property
+    def doubt(self) -> str:
+        """Why these are hardly HU of a body, and the mend; "" where they may be. Looked at as `body_box` does."""
+        looked_at = _coarse(self.hu)
+        if not ((looked_at > AIR_HU) & (looked_at < 0)).any():
+            return (
+                "holds nothing between -1024 and 0, where HU of lung and fat are: export it with its rescale intercept"
+            )
+        if np.ptp(looked_at) < LEAST_RANGE_HU:
+            return f"holds {looked_at.min()} to {looked_at.max()}, which are no HU of a body: export it again"
+        return ""
 
     @property
     def spacing_mm(self) -> tuple[float, float, float]:
@@ -209,14 +222,23 @@ def _to_hu(path: Path, block: NDArray[Any]) -> NDArray[Any]:
     return np.clip(block, AIR_HU, np.iinfo(np.int16).max)
 
 
+def _steps(hu: NDArray[np.int16]) -> list[int]:
+    """How many voxels along each axis may be passed over where a rough look is enough."""
+    return [max(1, n // 128) for n in hu.shape]
+
+
+def _coarse(hu: NDArray[np.int16]) -> NDArray[np.int16]:
+    return hu[tuple(slice(None, None, step) for step in _steps(hu))]
+
+
 def body_box(hu: NDArray[np.int16]) -> tuple[slice, slice, slice]:
     """Where the patient is in (z, y, x): what is denser than air, with a margin; never empty.
 
     Connected things of less than a hundredth of the largest (wires, noise) do not count. Looked at in steps, which is
     enough for a box; z is left whole, since every slice of a scan shows the patient.
     """
-    step = [max(1, n // 128) for n in hu.shape]
-    coarse = hu[:: step[0], :: step[1], :: step[2]] > BODY_HU
+    step = _steps(hu)
+    coarse = _coarse(hu) > BODY_HU
     if not coarse.any():
         return slice(0, hu.shape[0]), slice(0, hu.shape[1]), slice(0, hu.shape[2])
     # uint8: given bools, cc3d 4.1.1 reserves too few labels for volumes of odd size and fails

@@ -24,7 +24,6 @@ from training.organs import UNKNOWN
 Annotated = Literal["complete", "partial", "none"]
 SHORT: dict[str, Annotated] = {"1": "complete", "0": "none"}
 COLUMNS = ("case", "annotated", "healthy", "lesion_type")
-LEAST_RANGE_HU = 50  # of a scan: fat and muscle alone are further apart
 PSEUDO = 255  # in a label: a lesion that a network added, not an annotator
 
 
@@ -239,10 +238,8 @@ def read_lesions(path: Path, geometry: Geometry, pseudo: bool = False) -> NDArra
 def load_case(entry: Entry) -> Case:
     """Read scan, label and organs, which must lie on the same grid. ValueError, also where the label is not as said."""
     volume = read_volume(entry.scan)
-    if np.ptp(volume.hu) < LEAST_RANGE_HU:
-        raise ValueError(
-            f"{entry.scan}: {volume.hu.min()} to {volume.hu.max()} are no HU of a body: export the scan again"
-        )
+    if volume.doubt:
+        raise ValueError(f"{entry.scan}: {volume.doubt}")
     label = np.zeros(volume.hu.shape, np.uint8)
     if entry.label:
         label = read_lesions(entry.label, volume.geometry, entry.pseudo)

@@ -121,6 +121,18 @@ def test_thin_slices_bring_the_block_back_to_its_place(random_weights: Path, tmp
     assert np.abs(np.argwhere(mask).mean(axis=0) - np.argwhere(lesion).mean(axis=0)).max() < 2
 
 
+@pytest.mark.parametrize(("offset", "warned"), [(0, 0), (1024, 1)])
+def test_a_scan_without_its_rescale_intercept_is_told(
+    random_weights: Path, tmp_path: Path, caplog, offset: int, warned: int
+) -> None:
+    scan(tmp_path / "x_0000.nii.gz", affine((0, 1, 2), (-1, -1, 1)))
+    image = nib.load(tmp_path / "x_0000.nii.gz")
+    stored = np.asarray(image.dataobj) + np.int16(offset)
+    nib.save(nib.Nifti1Image(stored, image.affine), tmp_path / "x_0000.nii.gz")
+    Pipeline(random_weights).run(tmp_path / "x_0000.nii.gz", tmp_path)
+    assert sum(message.startswith("x_0000.nii.gz: holds nothing between") for message in caplog.messages) == warned
+
+
 def test_lesions_and_volume_are_those_of_the_file(random_weights: Path, tmp_path: Path, monkeypatch) -> None:
     """Two lumps of 8 and 4 voxels of 0.064 ml, written instead of what the networks found."""
     scan(tmp_path / "x_0000.nii.gz", affine((0, 1, 2), (-1, -1, 1)))

@@ -244,7 +244,17 @@ def test_scans_that_are_no_hu(folder: Path, unit: int) -> None:
     scan = folder / "imagesTr/a_0000.nii.gz"
     write(scan, (np.asarray(nib.load(scan).dataobj) / unit).astype(np.float32))
     entry = next(iter(read_folder(folder)))
-    with pytest.raises(ValueError, match=r"a_0000.nii.gz: -?\d+ to \d+ are no HU|holds no HU"):
+    with pytest.raises(ValueError, match=r"a_0000.nii.gz: holds -?\d+ to \d+, which are no HU|holds no HU"):
+        load_case(entry)
+
+
+def test_scans_without_their_rescale_intercept(folder: Path) -> None:
+    scan = folder / "imagesTr/a_0000.nii.gz"
+    stored = np.asarray(nib.load(scan).dataobj).astype(np.int16) + 1024
+    stored[0] = -2000  # the padding around a scanner's round field
+    write(scan, stored)
+    entry = next(iter(read_folder(folder)))
+    with pytest.raises(ValueError, match=r"a_0000.nii.gz: holds nothing between -1024 and 0, .* rescale intercept"):
         load_case(entry)
 
 
