@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 import sys
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from benchmarks.command_line import refuse_unknown, run_main
+from benchmarks.results_file import check_out, write_results
 from inference.pipeline import Pipeline
 from training import hybrid_training, release
 from training.calibration import SEARCHED, calibrate_all, choose_slice_gate, predict
@@ -167,6 +167,7 @@ def rows(ours: Runs, full: Runs) -> dict[str, dict[str, dict[str, float | None]]
 
 
 def main(settings: Settings) -> None:
+    check_out(settings.out)
     check_files(settings)
     wanted = {name: VARIANTS[name] for name in dict.fromkeys((FULL, *settings.variants))}
     for name, folder in (("partial labels", settings.partial), ("pseudo-completed labels", settings.completed)):
@@ -178,15 +179,13 @@ def main(settings: Settings) -> None:
     }
     variants = {name: rows(runs, results[FULL]) for name, runs in results.items()}
     told = {
-        "date": datetime.now(UTC).date().isoformat(),
         "minutes": settings.minutes,
         "steps": settings.steps,
         "seeds": len(settings.seeds),
         "judged_cases": len(results[FULL][0][HEALTHY]),
         "variants": variants,
     }
-    settings.out.parent.mkdir(parents=True, exist_ok=True)
-    settings.out.write_text(json.dumps(told, indent=1) + "\n")
+    write_results(settings.out, told)
     for name, folders in variants.items():
         for short, networks in folders.items():
             said = (f"{n} {v['dice']:.3f} ({v['low']:+.3f} … {v['high']:+.3f})" for n, v in networks.items())

@@ -16,7 +16,6 @@ import sys
 import tempfile
 import time
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +26,7 @@ from tqdm import tqdm
 
 from benchmarks.command_line import run_main
 from benchmarks.demo import NAME, REPOSITORY, prepare
+from benchmarks.results_file import check_out, write_results
 from inference.devices import Engine, choose_device
 from inference.weights import find_weights
 from training.settings import refuse_less
@@ -107,13 +107,13 @@ def draw(start: Spans, case: Spans, path: Path) -> None:
 
 
 def main(settings: Settings) -> None:
+    check_out(settings.out)
     with tempfile.TemporaryDirectory() as folder:
         scan = write_scan(Path(folder), settings.slices)
         runs = [start_cold(scan, Path(folder), settings) for _ in tqdm(range(settings.runs), unit="start")]
     runs.sort(key=lambda run: run[0]["exit"][1])
     start, case = runs[len(runs) // 2]
     told: dict[str, Any] = {
-        "date": datetime.now(UTC).date().isoformat(),
         "command": f"python -m benchmarks.cold_start --slices {settings.slices} --runs {settings.runs} "
         f"--device {settings.device} --engine {settings.engine} --weights {settings.weights}",
         "machine": f"{platform.machine()}, {os.cpu_count()} CPU cores, {settings.device}",
@@ -121,8 +121,7 @@ def main(settings: Settings) -> None:
         "total_s": [round(run[0]["exit"][1], 2) for run in runs],
         "spans_s": {stage: [round(moment, 3) for moment in span] for stage, span in {**start, **case}.items()},
     }
-    settings.out.parent.mkdir(parents=True, exist_ok=True)
-    settings.out.write_text(json.dumps(told, indent=1) + "\n")
+    write_results(settings.out, told)
     draw(start, case, settings.out.with_suffix(".png"))
     print(f"cold start to mask: {told['total_s']} s, picture: {settings.out.with_suffix('.png')}")
 

@@ -15,7 +15,6 @@ import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,7 @@ from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_
 from tqdm import tqdm
 
 from benchmarks.command_line import run_main
+from benchmarks.results_file import check_out, write_results
 from inference.limits import cores
 from inference.onnx_session import Session
 from inference.unet import GridProbability, UNet
@@ -116,6 +116,7 @@ def compare(unets: dict[str, UNet], scan: Phantom, rounds: int) -> dict[str, Any
 
 
 def main(settings: Settings) -> None:
+    check_out(settings.out)
     manifest = read_manifest(find_weights(settings.weights))
     content = manifest.read("unet")
     unet, eight = UNet(content, manifest.unet), UNet(content, manifest.unet)
@@ -123,13 +124,11 @@ def main(settings: Settings) -> None:
     ask(eight, phantom(SEEN))
     eight.session = Session("UNet in int8", in_eight_bits(content, listening.shown))
     told = {
-        "date": datetime.now(UTC).date().isoformat(),
         "command": "python -m benchmarks.int8",
         "machine": f"{platform.machine()}, {cores()} cores",
         **compare({"float32": unet, "int8": eight}, phantom(JUDGED), settings.rounds),
     }
-    settings.out.parent.mkdir(parents=True, exist_ok=True)
-    settings.out.write_text(json.dumps(told, indent=1) + "\n")
+    write_results(settings.out, told)
     print(json.dumps(told, indent=1))
 
 

@@ -15,7 +15,6 @@ import platform
 import subprocess
 import sys
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,6 +22,7 @@ import numpy as np
 
 from benchmarks.command_line import refuse_unknown, run_main
 from benchmarks.demo import REPOSITORY
+from benchmarks.results_file import check_out, write_results
 from eval import accuracy
 from inference.devices import choose_device
 from training.loop import fast_precision
@@ -124,6 +124,7 @@ def figures(settings: Settings, configuration: str) -> dict[str, Any]:
 
 
 def main(settings: Settings) -> None:
+    check_out(settings.out)
     peers_python()
     raw = settings.work / "raw" / DATASET
     planned = settings.work / "planned"  # made last, so that preprocessing that broke off is done again
@@ -136,13 +137,11 @@ def main(settings: Settings) -> None:
     if wanted:
         train_and_predict(settings, wanted)
     told = {
-        "date": datetime.now(UTC).date().isoformat(),
         "command": f"python -m benchmarks.nnunet --data DATA --work WORK --minutes {settings.minutes:g}",
         "machine": f"{platform.machine()}, {len(os.sched_getaffinity(0))} cores, {settings.device}",
         **{name: figures(settings, name) for name in settings.configurations},
     }
-    settings.out.parent.mkdir(parents=True, exist_ok=True)
-    settings.out.write_text(json.dumps(told, indent=1) + "\n")
+    write_results(settings.out, told)
     for name in settings.configurations:
         print(name, {key: value for key, value in told[name].items() if key != "cases"})
 

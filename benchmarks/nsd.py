@@ -12,7 +12,6 @@ import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -22,6 +21,7 @@ from numpy.typing import NDArray
 from scipy.ndimage import gaussian_filter
 
 from benchmarks.command_line import run_main
+from benchmarks.results_file import check_out, write_results
 from eval.surface import Spacing, surface_dice
 from training.settings import refuse_less
 
@@ -72,11 +72,11 @@ def timed(function: Callable[..., float], *arguments: Any) -> tuple[float, float
 
 
 def main(settings: Settings) -> None:
+    check_out(settings.out)
     rng = np.random.default_rng(0)
     case = (lesions(0.0, rng), lesions(1.5, rng), SPACING_MM, TOLERANCE_MM)
     pairs = [(timed(surface_dice, *case), timed(peer, *case)) for _ in range(settings.runs)]
     result = {
-        "date": datetime.now(UTC).date().isoformat(),
         "command": "python -m benchmarks.nsd",
         "machine": f"{platform.machine()}, CPU",
         "shape": SHAPE,
@@ -86,8 +86,7 @@ def main(settings: Settings) -> None:
         "nsd": pairs[0][0][1],
         "difference": abs(pairs[0][0][1] - pairs[0][1][1]),
     }
-    settings.out.parent.mkdir(parents=True, exist_ok=True)
-    settings.out.write_text(json.dumps(result, indent=1) + "\n")
+    write_results(settings.out, result)
     print(json.dumps(result, indent=1))
 
 

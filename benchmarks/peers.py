@@ -11,7 +11,6 @@ many and once twice as many; its time is then continued to all of them, and told
 from __future__ import annotations
 
 import itertools
-import json
 import shlex
 import sys
 from collections.abc import Callable
@@ -27,6 +26,7 @@ from benchmarks.cold_start import write_scan
 from benchmarks.command_line import refuse_unknown, run_main
 from benchmarks.demo import REPOSITORY
 from benchmarks.nnunet import PEERS, peers_python
+from benchmarks.results_file import check_out, write_results
 from benchmarks.scaling import COUNTING, peak_mib
 from eval.containers import local_command, run_case
 from eval.efficiency import check_timeout
@@ -148,6 +148,7 @@ def ratios(found: dict[str, dict[str, Any]]) -> dict[str, dict[str, float]]:
 
 
 def main(settings: Settings) -> None:
+    check_out(settings.out)
     entered, scans = contestants(settings), settings.work / "scans"
     makers: dict[str, Callable[[], None]] = {
         name: lambda name=name: random_weights(name, PRESETS[name], settings.work / "weights" / name)  # type: ignore[misc]
@@ -165,7 +166,6 @@ def main(settings: Settings) -> None:
         found[name] = continued(*runs, few, settings.slices) if len(runs) == 2 else runs[0]
         tqdm.write(f"{name}: {found[name]}")
     told = {
-        "date": datetime.now(UTC).date().isoformat(),
         "command": f"python -m benchmarks.peers --slices {settings.slices} --slow-slices {settings.slow_slices}"
         f" --device {settings.device}",
         "machine": describe(find_gpu(0) if settings.device == "cuda" else None),
@@ -173,8 +173,7 @@ def main(settings: Settings) -> None:
         "figures": found,
         "times_ours": ratios(found),
     }
-    settings.out.parent.mkdir(parents=True, exist_ok=True)
-    settings.out.write_text(json.dumps(told, indent=1) + "\n")
+    write_results(settings.out, told)
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from benchmarks.command_line import run_main
 from benchmarks.networks import Recorder
+from benchmarks.results_file import check_out
 from eval.cases import read_json
 from eval.lesions import detect
 from inference.atomic import write_whole
@@ -116,12 +117,12 @@ def write(told: dict[str, Any], path: Path) -> dict[str, Any]:
     """The results as they lie on disk then, but for the cases; the file is whole at any moment."""
     cases = [told["cases"][seed] for seed in sorted(told["cases"])]
     result = {**told, **summary(cases), "cases": cases}
-    path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, (json.dumps(result, indent=1) + "\n").encode())
     return {key: value for key, value in result.items() if key != "cases"}
 
 
 def main(settings: Settings) -> None:
+    check_out(settings.out)
     pipeline = Recorder(settings.weights)
     told = resume(settings.out, pipeline.manifest.folder)
     wanted = {settings.first_seed + i: i < settings.healthy for i in range(settings.count)}

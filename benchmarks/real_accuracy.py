@@ -9,12 +9,10 @@ case where its lesions are largest.
 
 from __future__ import annotations
 
-import json
 import platform
 import sys
 import tempfile
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +23,7 @@ from tqdm import tqdm
 
 from benchmarks.command_line import run_main
 from benchmarks.networks import FUSED, Recorder
+from benchmarks.results_file import check_out, write_results
 from eval.lesions import detect
 from eval.scores import score
 from inference.pipeline import Spacing, voxel_volume_ml
@@ -137,10 +136,10 @@ def judge_folder(
 
 
 def main(settings: Settings) -> None:
+    check_out(settings.out)
     names = {folder: scans_of(settings.data, folder, "val") for folder in read_splits(settings.data)}
     pipeline = Recorder(settings.weights)
     told: dict[str, Any] = {
-        "date": datetime.now(UTC).date().isoformat(),
         "command": "python -m benchmarks.real_accuracy --data DATA",
         "machine": f"{platform.machine()}, CPU",
         "hybrid": pipeline.manifest.files["hybrid"]["sha256"],
@@ -153,8 +152,7 @@ def main(settings: Settings) -> None:
         told[folder] = {"ellipsoid_size": round(size, 2), **summary(cases), "cases": cases}
         for network, row in summary(cases).items():
             print(folder, network, row)
-    settings.out.parent.mkdir(parents=True, exist_ok=True)
-    settings.out.write_text(json.dumps(told, indent=1) + "\n")
+    write_results(settings.out, told)
     draw(drawn, settings.out.with_suffix(".png"))
 
 

@@ -17,7 +17,6 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,7 @@ from tqdm import tqdm
 
 from benchmarks.command_line import run_main
 from benchmarks.demo import NAME, prepare
+from benchmarks.results_file import check_out, write_results
 from inference import limits
 from inference.devices import cuda_devices
 from inference.pipeline import Pipeline
@@ -124,6 +124,7 @@ def compare(scans: list[Path], plain: list[Path], other: list[Path]) -> dict[str
 
 
 def main(settings: Settings) -> None:
+    check_out(settings.out)
     cases = scans_of(settings.data, "sts", "val")[: settings.cases]
     scans = [settings.data / "sts" / "images" / f"{case}_0000.nii.gz" for case in cases]
     weights, found = find_weights(settings.weights), {}
@@ -134,7 +135,6 @@ def main(settings: Settings) -> None:
         for variant, make in tqdm(variants().items(), unit="variant"):
             found[variant] = masks(make, weights, scans, folder / variant)
         told = {
-            "date": datetime.now(UTC).date().isoformat(),
             "command": f"python -m benchmarks.reproducibility --data DATA --cases {settings.cases}",
             "machine": f"{platform.machine()}, {limits.cores()} cores",
             "scans": len(scans),
@@ -142,8 +142,7 @@ def main(settings: Settings) -> None:
                 variant: compare(scans, found[PLAIN], written) for variant, written in found.items() if variant != PLAIN
             },
         }
-    settings.out.parent.mkdir(parents=True, exist_ok=True)
-    settings.out.write_text(json.dumps(told, indent=1) + "\n")
+    write_results(settings.out, told)
     print(json.dumps(told, indent=1))
 
 

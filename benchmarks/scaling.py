@@ -16,7 +16,6 @@ import sys
 import tempfile
 import time
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,7 @@ from tqdm import tqdm
 from benchmarks.cold_start import write_scan
 from benchmarks.command_line import run_main
 from benchmarks.kills import command
+from benchmarks.results_file import check_out, write_results
 from inference.limits import cores
 from inference.weights import find_weights
 from training.settings import refuse_less
@@ -104,17 +104,16 @@ def draw(told: dict[str, Any], path: Path) -> None:
 
 
 def main(settings: Settings) -> None:
+    check_out(settings.out)
     with tempfile.TemporaryDirectory() as folder:
         found = {"slices": by_slices(settings, Path(folder)), "cases": by_cases(settings, Path(folder))}
     told: dict[str, Any] = {
-        "date": datetime.now(UTC).date().isoformat(),
         "command": "python -m benchmarks.scaling",
         "machine": f"{platform.machine()}, {cores()} cores, CPU",
         "slices_of_the_cases": min(settings.slices),
         **found,
     }
-    settings.out.parent.mkdir(parents=True, exist_ok=True)
-    settings.out.write_text(json.dumps(told, indent=1) + "\n")
+    write_results(settings.out, told)
     draw(told, settings.out.with_suffix(".png"))
     print(json.dumps(told, indent=1))
 

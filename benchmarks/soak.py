@@ -15,7 +15,6 @@ import sys
 import tempfile
 import time
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,6 +25,7 @@ from tqdm import tqdm
 
 from benchmarks.command_line import run_main
 from benchmarks.kills import command, write_scans
+from benchmarks.results_file import check_out, write_results
 from inference.weights import find_weights
 
 matplotlib.use("Agg")
@@ -126,21 +126,20 @@ def draw(looks: list[Look], path: Path) -> None:
 
 
 def main(settings: Settings) -> None:
+    check_out(settings.out)
     with tempfile.TemporaryDirectory() as folder:
         scans, out = Path(folder) / "scans", Path(folder) / "out"
         write_scans(scans, [SIZES[case % len(SIZES)] for case in range(settings.cases)])
         began = time.monotonic()
         looks = watch(command(scans, out, settings.weights), out, settings.cases)
     told: dict[str, Any] = {
-        "date": datetime.now(UTC).date().isoformat(),
         "command": f"python -m benchmarks.soak --cases {settings.cases}",
         "machine": f"{platform.machine()}, CPU",
         "cases": settings.cases,
         "seconds": round(time.monotonic() - began, 1),
         **drift(looks, settings.cases),
     }
-    settings.out.parent.mkdir(parents=True, exist_ok=True)
-    settings.out.write_text(json.dumps(told, indent=1) + "\n")
+    write_results(settings.out, told)
     draw(looks, settings.out.with_suffix(".png"))
     print(json.dumps(told, indent=1))
 

@@ -15,7 +15,6 @@ import statistics
 import sys
 import time
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from benchmarks.command_line import refuse_unknown, run_main
+from benchmarks.results_file import check_out, write_results
 from inference.hybrid.cnn_unet import fold_batch_norms
 from inference.hybrid.config import IMAGE_SIZE, PRESETS, HybridConfig
 from inference.hybrid.model import Hybrid, channels_last
@@ -114,16 +114,15 @@ def by_turns(found: dict[str, Way], rounds: int) -> dict[str, float]:
 
 
 def main(settings: Settings) -> None:
+    check_out(settings.out)
     torch.set_num_threads(cores())
     told: dict[str, Any] = {
-        "date": datetime.now(UTC).date().isoformat(),
         "command": f"python -m benchmarks.stacked --presets {' '.join(settings.presets)} --targets {settings.targets} "
         f"--window-batch {settings.window_batch} --rounds {settings.rounds}",
         "machine": f"{platform.machine()}, {cores()} cores, CPU",
         "presets": {preset: measure(PRESETS[preset], settings) for preset in settings.presets},
     }
-    settings.out.parent.mkdir(parents=True, exist_ok=True)
-    settings.out.write_text(json.dumps(told, indent=1) + "\n")
+    write_results(settings.out, told)
     print(json.dumps(told, indent=1))
 
 

@@ -16,6 +16,10 @@ SCRIPTS = sorted(
     path.stem for path in FOLDER.glob("*.py") if not path.name.startswith(ELSEWHERE) and "__main__" in path.read_text()
 )
 ABLATION = "--data a --held-out b --unet c"
+WRITERS = (
+    *("cold_start", "int8", "nsd", "peers", "phantom_accuracy", "scaling", "soak", "stacked", f"ablation {ABLATION}"),
+    *("nnunet --data nowhere --work {folder}", "real_accuracy --data nowhere", "reproducibility --data nowhere"),
+)
 MISTAKES = [
     (f"ablation {ABLATION} --variants foo", "--variants foo: unknown: use some of full, one slice"),
     (f"ablation {ABLATION} --seeds", "--seeds: give 0 or more"),
@@ -24,6 +28,8 @@ MISTAKES = [
     ("cold_start --runs -1", "--runs -1: give 1 or more"),
     ("cold_start --device tpu", "--device tpu: unknown"),
     ("cold_start --weights nope", "nope: no weights there"),
+    *((f"{call} --out {{folder}}", "cannot be written: name a file in a folder of yours") for call in WRITERS),
+    *((f"{call} --out {{file}}/out.json", "its folder cannot be made") for call in WRITERS),
     ("demo --out {file}", "File exists"),
     ("fuzz --count 0", "--count 0: give 1 or more"),
     ("int8 --rounds 0", "--rounds 0: give 1 or more"),

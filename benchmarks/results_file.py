@@ -1,0 +1,27 @@
+"""The JSON file that a benchmark leaves."""
+
+from __future__ import annotations
+
+import json
+import os
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from inference.atomic import write_whole
+
+
+def check_out(path: Path) -> None:
+    """ValueError where no file can be written to `path`, before hours of work are lost to it. Its folder is made."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"--out {path}: its folder cannot be made ({error.strerror}): name another") from error
+    if path.is_dir() or not os.access(path.parent, os.W_OK):
+        raise ValueError(f"--out {path}: cannot be written: name a file in a folder of yours")
+
+
+def write_results(path: Path, told: dict[str, Any]) -> None:
+    """Write `told`, below the date of today; the file is whole at any moment."""
+    dated = {"date": datetime.now(UTC).date().isoformat(), **told}
+    write_whole(path, (json.dumps(dated, indent=1) + "\n").encode())
