@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from inference.fusion import SliceSource, fuse
-from inference.pipeline import Pipeline, Report, voxel_volume_ml
+from inference.pipeline import Pipeline, Report
 from inference.volume import output_names, read_label, read_volume
 from inference.weights import MANIFEST, find_weights
 from training.calibration import Operating
@@ -49,6 +49,5 @@ class Recorder(Pipeline):
         hybrid, score = self.hybrid_said
         for network, point in self.operating.items():
             speaking = point.speaking(network, hybrid, self.unet_said, score)
-            voxel_ml = voxel_volume_ml(volume.spacing_mm)
-            masks[network][volume.box] = fuse(*speaking, volume.body.shape, voxel_ml, point.fusion)
+            masks[network][volume.box] = fuse(*speaking, volume.body.shape, volume.geometry.voxel_ml, point.fusion)
         return report, {FUSED: written, **masks}

@@ -29,7 +29,7 @@ from benchmarks.results_file import check_out
 from eval.cases import read_json
 from eval.lesions import detect
 from inference.atomic import write_whole
-from inference.pipeline import voxel_volume_ml
+from inference.volume import voxel_volume_ml
 from inference.weights import MANIFEST
 from training.losses import dice
 from training.phantom import PHANTOM_VERSION, Scanner, make_phantom, write_flare

@@ -26,8 +26,8 @@ from benchmarks.networks import FUSED, Recorder
 from benchmarks.results_file import check_out, write_results
 from eval.lesions import detect
 from eval.scores import score
-from inference.pipeline import Spacing, voxel_volume_ml
-from inference.volume import Volume, read_label, read_volume
+from inference.pipeline import Spacing
+from inference.volume import Volume, read_label, read_volume, voxel_volume_ml
 from training.losses import dice
 from training.splits import read_splits, scans_of
 

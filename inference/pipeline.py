@@ -145,7 +145,7 @@ class Pipeline:
         with report.stage("fuse"):
             mask = np.zeros(geometry.shape, np.uint8)
             body = mask[box]
-            body[:] = fuse(hybrid, unet, body.shape, voxel_volume_ml(geometry.spacing_mm), self.manifest.fusion)
+            body[:] = fuse(hybrid, unet, body.shape, geometry.voxel_ml, self.manifest.fusion)
         with report.stage("write"):
             mask_name, probability_name = output_names(report.case)
             write_mask(mask, geometry, outputs / mask_name)
@@ -251,8 +251,4 @@ def measure(path: Path, geometry: Geometry) -> tuple[int, float]:
     if box is None:
         return 0, 0.0
     lesions = int(cc3d.connected_components(mask[box], connectivity=26, return_N=True)[1])
-    return lesions, float(mask[box].sum(dtype=np.int64) * voxel_volume_ml(geometry.spacing_mm))
-
-
-def voxel_volume_ml(spacing_mm: Spacing) -> float:
-    return float(np.prod(spacing_mm)) / 1000
+    return lesions, float(mask[box].sum(dtype=np.int64) * geometry.voxel_ml)

@@ -25,9 +25,13 @@ def axis_matrix(
     if outside == "edge":
         position = np.clip(position, 0, size_in - 1)
     reach = max(ratio, 1.0)
-    weights = np.maximum(0.0, 1 - np.abs(position[:, None] - np.arange(size_in)) / reach)
+    weights = np.abs(position[:, None] - np.arange(size_in))  # in place from here on: of a long axis it is large
+    weights /= reach
+    np.subtract(1, weights, out=weights)
+    np.maximum(0.0, weights, out=weights)
     total = weights.sum(axis=1, keepdims=True) if outside == "edge" else _full_weight(position, reach)
-    return (weights / total).astype(np.float32)
+    weights /= total
+    return weights.astype(np.float32)
 
 
 def nearest(size_in: int, spacing_in: float, size_out: int, spacing_out: float) -> NDArray[np.intp]:

@@ -38,8 +38,8 @@ SINGULAR = 1e-4  # of the volume of the unit cell over the product of its edges
 SPATIAL_UNIT = 0b111  # the bits of NIfTI's xyzt_units that say metres, millimetres or microns
 UNIT_MM = {1: 1000.0, 3: 0.001}  # metres and microns; all else counts as mm, as in ITK
 Voxel = TypeVar("Voxel", bound=np.generic)
-LARGEST_FIELD_MM = 5000.0  # a longer side is a wrong spacing
-SPACING_MM = (0.01, 100.0)  # what lies beyond is a wrong one, too; resampling from or to it would take any memory
+LARGEST_FIELD_MM, LARGEST_WIDTH_MM = 2500.0, 1000.0  # of the longest side, and of the next: a body and its scanner
+SPACING_MM = (0.01, 25.0)  # what lies beyond is a wrong one, too; the networks' time and memory go by millimetres
 
 
 class MaskError(OSError):
@@ -50,13 +50,15 @@ class MaskError(OSError):
 class Geometry:
     """The grid of a scan, and how its file lays it out.
 
-    shape: voxels (z, y, x), canonical; spacing_mm: (z, y, x).
+    shape: voxels (z, y, x), canonical; spacing_mm: (z, y, x). voxel_ml: less than their product where the axes are not
+    perpendicular, as of a tilted gantry.
     axes: for each canonical axis z, y, x, the file's axis; flips: whether it runs the other way there.
     header: the NIfTI header that masks are written with (the input's own, where it is NIfTI).
     """
 
     shape: tuple[int, int, int]
     spacing_mm: tuple[float, float, float]
+    voxel_ml: float
     axes: tuple[int, int, int]
     flips: tuple[bool, bool, bool]
     header: nib.Nifti1Header
@@ -101,6 +103,11 @@ class Volume:
     @property
     def spacing_mm(self) -> tuple[float, float, float]:
         return self.geometry.spacing_mm
+
+
+def voxel_volume_ml(spacing_mm: tuple[float, float, float]) -> float:
+    """Of a voxel whose edges are perpendicular; `Geometry.voxel_ml` knows of any."""
+    return math.prod(spacing_mm) / 1000
 
 
 def is_scan(path: Path) -> bool:
@@ -190,14 +197,17 @@ def _geometry(path: Path, header: nib.Nifti1Header, shape: tuple[int, int, int])
         raise ValueError(f"{path}: its direction is singular: correct the header")
     if not np.all(np.isfinite(best)):
         raise ValueError(f"{path}: its origin is not a finite number: correct the header")
-    if max(lengths * shape) > LARGEST_FIELD_MM:
-        raise ValueError(f"{path}: would be {max(lengths * shape) / 1000:.3g} m long: correct its spacing")
+    narrow, wide, long = sorted(lengths * shape)
+    if long > LARGEST_FIELD_MM or wide > LARGEST_WIDTH_MM:
+        size = " × ".join(f"{side / 1000:.3g}" for side in (narrow, wide, long))
+        raise ValueError(f"{path}: would be {size} m large: correct its spacing")
     if min(lengths) < SPACING_MM[0] or max(lengths) > SPACING_MM[1]:
         raise ValueError(f"{path}: its spacing {tuple(lengths.tolist())} mm is none of a CT: correct the header")
     axes, flips = canonical_axes(affine / lengths)
     spacing = tuple(float(lengths[axis]) for axis in axes)
     z, y, x = (shape[axis] for axis in axes)
-    return Geometry((z, y, x), (spacing[0], spacing[1], spacing[2]), axes, flips, header)
+    voxel_ml = float(abs(np.linalg.det(affine))) / 1000
+    return Geometry((z, y, x), (spacing[0], spacing[1], spacing[2]), voxel_ml, axes, flips, header)
 
 
 def canonical_axes(direction_ras: NDArray[np.float64]) -> tuple[tuple[int, int, int], tuple[bool, bool, bool]]:

@@ -120,8 +120,12 @@ def _parse(folder: Path, values: dict[str, Any]) -> Manifest:
 
 
 def find_weights(name_or_folder: str) -> Path:
-    """A folder of weights by its path, or by its name under weights/."""
-    for folder in (Path(name_or_folder), WEIGHTS_FOLDER / name_or_folder):
+    """A folder of weights by its name under weights/, or by its path.
+
+    A bare name is looked up in weights/ first: what happens to lie in the caller's folder must not pass for it.
+    """
+    bare = Path(name_or_folder).name == name_or_folder
+    for folder in (*([WEIGHTS_FOLDER / name_or_folder] if bare else []), Path(name_or_folder)):
         if os.path.isfile(folder / MANIFEST):  # noqa: PTH113  # `Path.is_file` fails where a name is too long
             return folder
     known = sorted(path.parent.name for path in WEIGHTS_FOLDER.glob(f"*/{MANIFEST}"))

@@ -28,8 +28,9 @@ from tqdm import tqdm
 from eval.surface import surface_dice
 from inference.fusion import Evidence, FusionThresholds, SliceSource, bounding_box, find_components, fuse
 from inference.hybrid.predict import predict_slices
-from inference.pipeline import Pipeline, voxel_volume_ml
+from inference.pipeline import Pipeline
 from inference.slices import thick_grid, thicken
+from inference.volume import voxel_volume_ml
 from inference.weights import MANIFEST, Gate
 from training.data import Case, load_case, read_folder
 from training.losses import dice

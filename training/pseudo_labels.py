@@ -24,7 +24,7 @@ from inference.atomic import write_whole
 from inference.hybrid.model import Hybrid, channels_last
 from inference.hybrid.predict import predict_slices
 from inference.hybrid.torch_engine import TorchHybrid
-from inference.pipeline import slice_source, voxel_volume_ml
+from inference.pipeline import slice_source
 from inference.slices import SliceGrid
 from inference.volume import read_volume, write_label
 from training import hybrid_training
@@ -84,7 +84,7 @@ def write_completed(network: Hybrid, entry: Entry, settings: Settings, path: Pat
     predictions = predict_slices(TorchHybrid(network), grid, volume.body)
     source = slice_source(predictions, grid, np.eye(len(grid), dtype=np.float32))
     probability = np.stack([source(z).astype(np.float16) for z in range(len(volume.body))])
-    label[volume.box] = complete(label[volume.box], probability, voxel_volume_ml(volume.spacing_mm), settings)
+    label[volume.box] = complete(label[volume.box], probability, volume.geometry.voxel_ml, settings)
     write_label(label, volume.geometry, path)
 
 

@@ -32,7 +32,10 @@ def head(dim: int) -> nn.Sequential:
 
 
 class IndicatorPromptEncoder(nn.Module):
-    """Pools the CNN decoder's maps and the ViT's map, and asks two prototypes what they see in them."""
+    """Pools the CNN decoder's maps and the ViT's map, and asks two prototypes what they see in them.
+
+    The layer norm behind each prototype is ours.
+    """
 
     def __init__(self, config: HybridConfig, map_widths: list[int]) -> None:
         super().__init__()

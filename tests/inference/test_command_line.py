@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,7 @@ import numpy as np
 import pytest
 import SimpleITK
 
-from inference.__main__ import Reader, Run, Warned
+from inference.command_line import Reader, Run, Warned, doubled, missing, replacing
 from inference.pipeline import Pipeline, scan_score
 from inference.volume import read_volume
 
@@ -157,6 +158,103 @@ def test_a_scan_is_never_replaced_by_a_mask(inputs: Path, random_weights: Path) 
     assert (inputs / "b.nii.gz").read_bytes() == before
     assert f"{inputs / 'b.nii.gz'}: would replace the scan b.nii.gz" in done.stderr
     assert names(inputs) == ["a.nii.gz", "a_0000.nii.gz", "b.nii.gz"]
+
+
+def test_a_scan_under_another_name_is_never_replaced(inputs: Path, tmp_path: Path) -> None:
+    """Two names of one file, as where one folder is mounted twice."""
+    write_scan(inputs / "b.nii.gz")
+    (tmp_path / "out").mkdir()
+    os.link(inputs / "b.nii.gz", tmp_path / "out" / "b.nii.gz")
+    scans = [inputs / "a_0000.nii.gz", inputs / "b.nii.gz"]
+    told = replacing(scans, tmp_path / "out", save_probabilities=False)
+    assert list(told) == [inputs / "b.nii.gz"]
+    assert told[inputs / "b.nii.gz"].startswith(f"{inputs / 'b.nii.gz'}: would replace the scan b.nii.gz: rename")
+
+
+def test_a_probability_stands_in_the_way_of_a_mask_only_where_it_is_written(tmp_path: Path) -> None:
+    scans = [tmp_path / "a_0000.nii.gz", tmp_path / "a_probability_0000.nii.gz"]
+    assert doubled(scans, tmp_path / "out", save_probabilities=False) == {}
+    assert list(doubled(scans, tmp_path / "out", save_probabilities=True)) == scans[1:]
+
+
+def test_what_was_refused_for_anothers_mask_is_not_skipped(inputs: Path, random_weights: Path, tmp_path: Path) -> None:
+    write_scan(inputs / "a.nii.gz", seed=1)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "a.nii.gz").write_bytes(b"of a.nii.gz")
+    done = predict(inputs, tmp_path / "out", "--weights", random_weights, "--skip-existing")
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert "a_0000.nii.gz: would write the same mask as a.nii.gz" in line
+    assert (tmp_path / "out" / "a.nii.gz").read_bytes() == b"of a.nii.gz"
+
+
+def test_an_empty_file_or_a_folder_is_no_mask(inputs: Path, tmp_path: Path) -> None:
+    scan, mask = inputs / "a_0000.nii.gz", tmp_path / "a.nii.gz"
+    assert missing(scan, tmp_path, save_probabilities=False)
+    mask.mkdir()
+    assert missing(scan, tmp_path, save_probabilities=False)
+    mask.rmdir()
+    mask.touch()
+    assert missing(scan, tmp_path, save_probabilities=False)
+    mask.write_bytes(b"a mask")
+    assert not missing(scan, tmp_path, save_probabilities=False)
+    assert missing(scan, tmp_path, save_probabilities=True)
+
+
+def test_a_report_replaces_neither_scan_nor_mask_nor_pipe(inputs: Path, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to(inputs / "a_0000.nii.gz")
+    for report, words in (
+        (inputs / "a_0000.nii.gz", "would replace a scan or its mask"),
+        (tmp_path / "link", "would replace a scan or its mask"),
+        (tmp_path / "out" / "a.nii.gz", "would replace a scan or its mask"),
+        (tmp_path / "pipe", "is no ordinary file"),
+    ):
+        done = predict(inputs, tmp_path / "out", "--report", report)
+        assert done.returncode == 2
+        assert done.stderr.splitlines() == [f"--report {report}: {words}: name another{' file' * ('scan' in words)}"]
+
+
+def test_a_name_with_a_line_break_does_not_hide_what_failed(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "two\nlines_0000.nii.gz").write_text("not a scan")
+    done = predict(tmp_path / "in", tmp_path / "out")
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert "two\\nlines_0000.nii.gz: holds no NIfTI-1 image: export the scan again" in line
+
+
+def test_a_closed_stderr_costs_no_mask(inputs: Path, random_weights: Path, tmp_path: Path) -> None:
+    script = f'sh "{REPOSITORY}/predict.sh" "$@" 2>&-'
+    done = subprocess.run(
+        ["sh", "-c", script, "sh", inputs, tmp_path / "out", "--weights", random_weights], check=False
+    )
+    assert done.returncode == 0
+    assert nib.load(tmp_path / "out" / "a.nii.gz").shape == (48, 40, 12)
+
+
+def test_predict_is_found_through_a_link(inputs: Path, tmp_path: Path) -> None:
+    (tmp_path / "predict").symlink_to(REPOSITORY / "predict.sh")
+    done = subprocess.run(["sh", tmp_path / "predict", "--help"], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_it_while_modules_are_imported(tmp_path: Path, number: signal.Signals) -> None:
+    code = f"""
+import os, runpy, signal, sys
+
+class Finder:
+    def find_spec(name, *_):
+        if name == "inference.command_line":
+            os.kill(os.getpid(), {int(number)})
+
+sys.meta_path.insert(0, Finder)
+signal.signal(signal.SIGINT, signal.default_int_handler)
+runpy.run_module("inference", run_name="__main__")
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (128 + number, "", "")
 
 
 def test_a_report_that_cannot_be_written_is_told_before_any_work(inputs: Path, tmp_path: Path) -> None:

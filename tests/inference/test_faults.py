@@ -14,8 +14,8 @@ import pytest
 
 from benchmarks.kills import command, survive, write_scans
 from inference import atomic
-from inference.__main__ import write_report
 from inference.atomic import write_whole
+from inference.command_line import write_report
 
 
 def test_kills_leave_whole_masks_only(random_weights: Path, tmp_path: Path) -> None:

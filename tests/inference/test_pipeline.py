@@ -133,9 +133,16 @@ def test_a_scan_without_its_rescale_intercept_is_told(
     assert sum(message.startswith("x_0000.nii.gz: holds nothing between") for message in caplog.messages) == warned
 
 
-def test_lesions_and_volume_are_those_of_the_file(random_weights: Path, tmp_path: Path, monkeypatch) -> None:
-    """Two lumps of 8 and 4 voxels of 0.064 ml, written instead of what the networks found."""
-    scan(tmp_path / "x_0000.nii.gz", affine((0, 1, 2), (-1, -1, 1)))
+@pytest.mark.parametrize("shear", [0.0, 3.0])
+def test_lesions_and_volume_are_those_of_the_file(
+    random_weights: Path, tmp_path: Path, monkeypatch, shear: float
+) -> None:
+    """Two lumps of 8 and 4 voxels of 0.064 ml, written instead of what the networks found; a tilted gantry moves slices
+    along each other, which changes no volume.
+    """
+    sheared = affine((0, 1, 2), (-1, -1, 1))
+    sheared[1, 2] = shear
+    scan(tmp_path / "x_0000.nii.gz", sheared)
 
     def write_others(mask: np.ndarray, *place: object) -> None:
         other = np.zeros_like(mask)

@@ -16,8 +16,8 @@ from inference.volume import read_volume
 HU = np.random.default_rng(0).integers(-1000, 1000, (6, 5, 4)).astype(np.int16)
 
 
-def save(path: Path, array: np.ndarray, **fields: object) -> None:
-    image = nib.Nifti1Image(array, np.eye(4))
+def save(path: Path, array: np.ndarray, spacing_mm: float = 1, **fields: object) -> None:
+    image = nib.Nifti1Image(array, np.diag([spacing_mm, spacing_mm, spacing_mm, 1]))
     for name, value in fields.items():
         image.header[name] = value
     nib.save(image, path)
@@ -80,7 +80,9 @@ BAD: dict[str, tuple[Callable[[Path], None], str]] = {
     "complex": (lambda path: save(path, HU.astype(np.complex64)), "complex"),
     "unknown type": (lambda path: patch(path, DATATYPE, np.int16([4242])), "header cannot be read"),
     "no type": (lambda path: patch(path, DATATYPE, np.int16([0])), "names no type"),
-    "a trunk of 12 m": (lambda path: patch(path, SROW, np.float32([2000, 0, 0, 0])), "would be 12 m long"),
+    "a trunk of 12 m": (lambda path: save(path, np.tile(HU, (100, 1, 1)), 20), r"would be 0\.08 × 0\.1 × 12 m large"),
+    "2 m wide": (lambda path: save(path, np.tile(HU, (17, 20, 1)), 20), r"would be 0\.08 × 2 × 2\.04 m large"),
+    "voxels of 30 mm": (lambda path: save(path, HU, 30), "is none of a CT: correct the header"),
     "a broken quaternion": (broken_quaternion, "header cannot be read"),
     "NaN offset": (lambda path: patch(path, VOX_OFFSET, np.float32([np.nan])), "header cannot be read"),
     "constant": (lambda path: save(path, np.zeros_like(HU)), "no HU"),

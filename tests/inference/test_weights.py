@@ -19,7 +19,7 @@ from torch import Tensor
 from inference.hybrid.onnx_engine import OnnxHybrid
 from inference.hybrid.torch_engine import load_hybrid
 from inference.unet import UNet
-from inference.weights import Manifest, find_weights, read_manifest
+from inference.weights import WEIGHTS_FOLDER, Manifest, find_weights, read_manifest
 
 
 @pytest.fixture
@@ -257,3 +257,12 @@ def test_names_and_folders_are_found(random_weights: Path) -> None:
     assert find_weights(str(random_weights)) == random_weights
     with pytest.raises(ValueError, match="no weights there"):
         find_weights("unheard-of")
+
+
+def test_a_name_is_never_that_of_a_folder_which_happens_to_lie_there(random_weights: Path, tmp_path: Path, monkeypatch):
+    shutil.copytree(random_weights, tmp_path / "small")
+    shutil.copytree(random_weights, tmp_path / "mine")
+    monkeypatch.chdir(tmp_path)
+    assert find_weights("small") == WEIGHTS_FOLDER / "small"
+    assert find_weights("./small") == find_weights("small/") == Path("small")
+    assert find_weights("mine") == Path("mine")
