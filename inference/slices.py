@@ -107,11 +107,11 @@ class SliceGrid:
         (rows, _), (columns, _) = self._matrices
         return np.asarray(rows @ image @ columns.T)
 
-    def resample_labels(self, labels: NDArray[np.uint8]) -> NDArray[np.uint8]:
-        """As `resample`, but each pixel takes the label of its nearest voxel; 0 outside the field."""
+    def resample_labels(self, labels: NDArray[np.uint8], outside: int = 0) -> NDArray[np.uint8]:
+        """As `resample`, but each pixel takes the label of its nearest voxel, or `outside` the field that one."""
         (rows, _), (columns, _) = self._matrices
         inside = np.logical_and.outer(rows.any(axis=1), columns.any(axis=1))
-        return np.where(inside, labels[np.ix_(rows.argmax(axis=1), columns.argmax(axis=1))], 0).astype(np.uint8)
+        return np.where(inside, labels[np.ix_(rows.argmax(axis=1), columns.argmax(axis=1))], outside).astype(np.uint8)
 
     def restore(self, image: NDArray[np.float32]) -> NDArray[np.float32]:
         """(256, 256) → one slice on the scan's own grid."""

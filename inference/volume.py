@@ -27,6 +27,7 @@ from .files import HEADER_BYTES, LPS_TO_RAS, MAX_VOXELS, Image, open_nifti
 from .limits import room_mib
 
 AIR_HU = -1024  # padding below this is clipped
+LEAST_BELOW_WATER = 0.01  # of a scan's voxels: fat, lung, air; without its rescale intercept, noise has a few
 LEAST_RANGE_HU = 50  # of a scan: fat and muscle alone are further apart
 BODY_HU = -500  # between air and fat
 NIFTI_SUFFIXES = (".nii.gz", ".nii")
@@ -92,10 +93,8 @@ class Volume:
     def doubt(self) -> str:
         """Why these are hardly HU of a body, and the mend; "" where they may be. Looked at as `body_box` does."""
         looked_at = _coarse(self.hu)
-        if not ((looked_at > AIR_HU) & (looked_at < 0)).any():
-            return (
-                "holds nothing between -1024 and 0, where HU of lung and fat are: export it with its rescale intercept"
-            )
+        if np.mean((looked_at > AIR_HU) & (looked_at < 0)) < LEAST_BELOW_WATER:
+            return "holds hardly anything from -1023 to -1, as HU of lung and fat: export it with its rescale intercept"
         if np.ptp(looked_at) < LEAST_RANGE_HU:
             return f"holds {looked_at.min()} to {looked_at.max()}, which are no HU of a body: export it again"
         return ""

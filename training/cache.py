@@ -7,6 +7,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
@@ -50,8 +51,11 @@ def _fill(entries: list[Entry], cache: Path, make: Callable[[Case], Arrays], job
     bar: dict[str, Any] = {"total": len(work), "desc": "cache", "unit": "case", "disable": not work}
     if jobs < 2:
         return list(tqdm(map(_make, work), **bar))
-    with ProcessPoolExecutor(jobs) as pool:
-        return list(tqdm(pool.map(_make, work), **bar))
+    try:
+        with ProcessPoolExecutor(jobs) as pool:
+            return list(tqdm(pool.map(_make, work), **bar))
+    except BrokenProcessPool as error:
+        raise OSError(f"{cache}: a process that filled it was killed, as for want of memory: give --jobs 1") from error
 
 
 def _make(job: tuple[Entry, Path, Callable[[Case], Arrays]]) -> str:
@@ -64,9 +68,14 @@ def _make(job: tuple[Entry, Path, Callable[[Case], Arrays]]) -> str:
             arrays = make(load_case(entry))
     except (ValueError, OSError) as error:
         return f"{entry.name}: {error}"
-    temporary.mkdir()
-    for name, array in arrays.items():
-        np.save(temporary / f"{name}.npy", array)
+    try:
+        temporary.mkdir()
+        for name, array in arrays.items():
+            np.save(temporary / f"{name}.npy", array)
+    except OSError as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        why = error.strerror or error  # numpy's own has none
+        raise OSError(f"{folder.parent}: cannot be written ({why}): make room there, and call again") from error
     try:
         temporary.rename(folder)
     except OSError:  # another process was faster

@@ -15,7 +15,7 @@ better than both by more than `MARGIN`, it speaks alone.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache, partial
 from pathlib import Path
@@ -32,7 +32,7 @@ from inference.pipeline import Pipeline
 from inference.slices import thick_grid, thicken
 from inference.volume import voxel_volume_ml
 from inference.weights import MANIFEST, Gate
-from training.data import Case, load_case, read_folder
+from training.data import Case, Entry, load_case, read_folder, refuse
 from training.losses import dice
 from training.release import write_manifest
 from training.sources import by_source, short_names
@@ -279,14 +279,24 @@ class Settings:
     weights: Path  # folder of weights, whose manifest is rewritten
 
 
+def load_all(entries: list[Entry]) -> Iterator[Case]:
+    """Each case that can be read; after the last, ValueError that lists those that cannot."""
+    problems = []
+    for entry in entries:
+        try:
+            yield load_case(entry)
+        except ValueError as error:
+            problems.append(f"{entry.name}: {error}")
+    refuse(problems)
+
+
 def main(settings: Settings) -> None:
     """Choose the thresholds of gate and fusion on cases whose every lesion is annotated."""
     pipeline = Pipeline(settings.weights)
     entries = [entry for folder in settings.data for entry in read_folder(folder) if entry.complete]
     if not entries:
         raise ValueError(f"{settings.data[0]}: no scan is annotated completely, which calibration asks for")
-    scans = tqdm(map(load_case, entries), desc="slices", unit="case", total=len(entries))
-    gate = choose_slice_gate(pipeline, scans)
+    gate = choose_slice_gate(pipeline, tqdm(load_all(entries), desc="slices", unit="case", total=len(entries)))
     cases = [predict(pipeline, load_case(entry)) for entry in tqdm(entries, desc="cases", unit="case")]
     if not any(case.label.any() for case in cases):
         raise ValueError(

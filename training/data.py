@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import csv
 import io
+import itertools
 import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from inference.volume import Geometry, case_name, is_scan, read_label, read_volume
+from training.anatomy import Organ
 from training.organs import UNKNOWN
 
 Annotated = Literal["complete", "partial", "none"]
@@ -104,8 +106,9 @@ def read_folder(folder: Path) -> list[Entry]:
 def split(folders: tuple[Path, ...], validation: int) -> tuple[list[Entry], list[Entry]]:
     """Cases to train and to validate on: at least so many of the latter, the last patients by name of each folder.
 
-    Only cases that teach something. A folder of one patient keeps none. ValueError where one of several has too few
-    patients, or where none is kept.
+    Only cases that teach something. A folder of one patient keeps none. Who is kept out of one folder is not trained on
+    in another, where `cases.csv` tells patients (as `implant` writes it): equal names may be different ones. ValueError
+    where one of several has too few patients, or where none is kept.
     """
     training: list[Entry] = []
     held_out: list[Entry] = []
@@ -123,7 +126,8 @@ def split(folders: tuple[Path, ...], validation: int) -> tuple[list[Entry], list
         held_out += [entry for entry in entries if (entry.patient or entry.name) in kept]
     if not held_out:
         raise ValueError(f"{folders[0]}: one patient cannot be trained and validated on: add scans of others")
-    return training, held_out
+    kept_names, told = {entry.patient or entry.name for entry in held_out}, {entry.patient for entry in held_out}
+    return [e for e in training if (e.patient not in kept_names if e.patient else e.name not in told)], held_out
 
 
 def refuse(problems: list[str], folder: Path | None = None) -> None:
@@ -142,15 +146,26 @@ def _rows(path: Path, problems: list[str]) -> dict[str, dict[str, str]]:
         text = path.read_text("utf-8-sig")  # as Excel writes it, too
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not in UTF-8: save it as CSV in UTF-8") from error
-    reader = csv.DictReader(io.StringIO(text, newline=""), skipinitialspace=True)
-    missing = [column for column in COLUMNS if column not in (reader.fieldnames or [])]
+    try:
+        heads, *cells = csv.reader(io.StringIO(text, newline=""), skipinitialspace=True, strict=True)
+    except (csv.Error, ValueError) as error:
+        raise ValueError(f"{path}: cannot be read as a table ({error}): close its quotes, or save it anew") from error
+    heads = [head.strip().lower() for head in heads]
+    missing = [column for column in COLUMNS if column not in heads]
     if missing:
         columns = ", ".join(COLUMNS)
         raise ValueError(f"{path}: no column {', '.join(missing)}: the columns are {columns}, with commas between them")
-    for row in reader:
-        if row["case"] in rows:
-            problems.append(f"{row['case']}: twice in cases.csv")
-        rows[row["case"]] = row
+    for row in cells:
+        if not any(row):
+            continue
+        told = dict(itertools.zip_longest(heads, map(str.strip, row[: len(heads)]), fillvalue=""))
+        name = told["case"]
+        if len(row) > len(heads):
+            problems.append(f"{name}: {len(row)} cells in its row of cases.csv, which has {len(heads)} columns")
+        elif name in rows:
+            problems.append(f"{name}: twice in cases.csv")
+        else:
+            rows[name] = told
     return rows
 
 
@@ -249,4 +264,7 @@ def load_case(entry: Entry) -> Case:
     organs = np.full_like(label, UNKNOWN)
     if entry.organs:
         organs = read_label(entry.organs, volume.geometry)
+        strange = np.setdiff1d(organs, [*Organ, UNKNOWN])
+        if len(strange):
+            raise ValueError(f"{entry.organs}: {strange[0]} is the code of no organ: write training.anatomy.Organ's")
     return Case(entry, volume.body, label[volume.box], organs[volume.box], volume.spacing_mm)

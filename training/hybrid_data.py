@@ -16,7 +16,8 @@ from inference.slices import LUNG_WINDOW_HU, TISSUE_WINDOW_HU, Plane, Resize, Sl
 from training.augmentation import RandomEnhancement, RandomInPlane, RandomIntensity, RandomNoise
 from training.cache import Arrays, prepare
 from training.data import Case, Entry
-from training.sources import Sources
+from training.organs import beyond
+from training.sources import Sources, by_source
 
 LESION, LESION_FREE, HEALTHY = "lesion", "lesion_free", "healthy"
 SHARES = {LESION: 0.5, LESION_FREE: 0.25, HEALTHY: 0.25}
@@ -54,7 +55,7 @@ def cut_case(case: Case, plane: Plane, resize: Resize) -> Arrays:
         for name, window in WINDOWS.items()
     }
     label = np.stack([grid.resample((case.label[grid[i]] > 0).astype(np.float32)) >= 0.5 for i in range(len(grid))])
-    organs = np.stack([grid.resample_labels(case.organs[grid[i]]) for i in range(len(grid))])
+    organs = np.stack([grid.resample_labels(case.organs[grid[i]], beyond(case.organs)) for i in range(len(grid))])
     lesion_slices = np.flatnonzero(label.any(axis=(1, 2)))
     given = np.array([(case.label[grid[i]] == 1).any() for i in range(len(grid))])
     known = given | case.entry.complete
@@ -101,7 +102,10 @@ class StackSampler:
         self, cases: list[SliceCase], targets: int, radius: int, seed: int, shares: tuple[float, ...] = ()
     ) -> None:
         """shares: as `Sources`'."""
-        self.sources = Sources(filter(lesion_or_healthy, cases), shares)
+        useful = list(filter(lesion_or_healthy, cases))
+        for source in by_source(cases).keys() - by_source(useful).keys():
+            raise ValueError(f"{source}: no scan has a lesion, or is known to have none: leave this folder out")
+        self.sources = Sources(useful, shares)
         groups = self.sources.groups
         self.with_lesion = [[case for case in group if len(case.lesion_slices)] for group in groups]
         self.healthy = [[case for case in group if not len(case.lesion_slices)] for group in groups]
@@ -132,7 +136,8 @@ class StackSampler:
         targets = around[own]
         move = self.in_plane.draw(rng)
         label = (move(torch.from_numpy(case.label[targets]).float()) >= 0.5).float()
-        organs = move(torch.from_numpy(case.organs[around]).float(), "nearest").byte()
+        outside = beyond(case.organs)
+        organs = (move(torch.from_numpy(case.organs[around]).float() - outside, "nearest") + outside).byte()
         kind = LUNG if case.lesion_type == LUNG and rng.random() < 0.5 else "tissue"
         image = move(torch.from_numpy(getattr(case, kind)[around]).float() / 255)
         image = self.intensity.draw(rng)(self._scanned(rng, image, organs, WINDOWS[kind]))

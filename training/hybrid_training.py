@@ -27,6 +27,7 @@ from training.loop import Common, Run, Task, load_weights, save_weights, train
 from training.losses import CLASSIFIER_WEIGHT, annealed_weight, dice, hybrid_loss, mask_loss
 from training.organs import OrganHeads
 from training.sam_checkpoint import load_sam, read_sam
+from training.settings import refuse_beyond, refuse_less
 from training.sources import scores_by_source
 from training.unet import CONFIG
 
@@ -58,6 +59,8 @@ class Settings(Common):
         super().__post_init__()
         if min(self.stacks, self.targets, self.crop_stacks) < 1:
             raise ValueError("--stacks, --targets and --crop-stacks must be 1 or more")
+        refuse_beyond(self, ("crop_share",))
+        refuse_less(self, {"classifier_weight": 0})
         if self.crop % CROP_STEP or not CROP_STEP <= self.crop <= IMAGE_SIZE:
             raise ValueError(f"--crop {self.crop}: give a multiple of {CROP_STEP} up to {IMAGE_SIZE}")
 

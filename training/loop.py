@@ -39,10 +39,11 @@ from tqdm import tqdm
 from inference.atomic import write_whole
 from training.convolution import planar
 from training.cost import metered, size
+from training.data import split
 from training.losses import LESION_WEIGHT, total
 from training.organs import OrganHeads
 from training.resume import recorded, tell_changes
-from training.settings import refuse_less
+from training.settings import refuse_beyond, refuse_less
 from training.sources import refuse_shares
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -81,6 +82,8 @@ class Common:
     def __post_init__(self) -> None:
         """ValueError where a number makes no sense."""
         refuse_less(self, {"steps": 0, "validation": 1, "validations": 1, "workers": 0, "jobs": 1, "seed": 0})
+        refuse_less(self, {"lesion_weight": 0, "learning_rate": 0, "clip": 0, "g_per_kwh": 0})
+        refuse_beyond(self, ("frozen_norms",))
         if self.shares:
             refuse_shares(self.shares, len(set(self.data)))
         if self.minutes <= 0 or not 0 <= self.decay < 1:
@@ -154,6 +157,8 @@ def write_file(path: Path, content: bytes) -> None:
 
 def load_weights(network: nn.Module, path: Path) -> None:
     """Fill a network with what `save_weights` wrote of one alike. ValueError where it is not."""
+    if path.is_dir():
+        raise ValueError(f"{path}: is a folder: name the safetensors file of a run")
     try:
         state, own = load_file(path), tensors(network)
     except SafetensorError as error:
@@ -201,6 +206,12 @@ def freeze_norms(module: nn.Module) -> None:
             part.eval()
 
 
+def held_out(settings: Common) -> dict[str, int]:
+    """What the best Dice is measured on: FOLDER/CASE, and the bytes of each scan, since another may have its name."""
+    _, kept = split(settings.data, settings.validation)
+    return {f"{entry.source.name}/{entry.name}": entry.scan.stat().st_size for entry in kept}
+
+
 class Run:
     """A task in training: its averaged network, which validates and ships, its optimizer and its checkpoint."""
 
@@ -215,6 +226,7 @@ class Run:
             task = nn.SyncBatchNorm.convert_sync_batchnorm(task)
         self.task, self.optimizer = self.fabric.setup(task, optimizer(task.parameters(), lr=settings.learning_rate))
         self.budget, self.best = Budget(settings.minutes, settings.steps), -1.0
+        self.held_out = held_out(settings)
         if (settings.out / CHECKPOINT).exists():
             self._load(settings.out / CHECKPOINT)
 
@@ -273,7 +285,7 @@ class Run:
                 "spent_s": self.budget.seconds,
                 "step": self.step,
                 "best": self.best,
-                "judged_on": self._judged_on(),
+                "held_out": self.held_out,
                 "settings": recorded(self.settings),
             }
             torch.save({**parts, **state}, content)
@@ -290,17 +302,16 @@ class Run:
             raise ValueError(
                 f"{path}: damaged, or of a run with other settings: name another --out, or remove it to start anew"
             ) from error
-        judged_on = state.get("judged_on", self._judged_on())
-        if judged_on != self._judged_on():
-            told = f"{', '.join(judged_on[:-1])}, {judged_on[-1]} cases kept out"
-            raise ValueError(f"{path}: of a run on other data ({told}), which judged its weights: name another --out")
+        before, now = state.get("held_out", self.held_out), self.held_out
+        if before != now:
+            others = sorted(name for name in before if before[name] != now.get(name)) or sorted(now.keys() - before)
+            raise ValueError(
+                f"{path}: of a run on other data: the cases that judge its weights were others "
+                f"({', '.join(others[:3])}): name another --out"
+            )
         if self.fabric.is_global_zero:
             for sentence in tell_changes(path, state.get("settings", {}), recorded(self.settings)):
                 print(sentence, file=sys.stderr)
-
-    def _judged_on(self) -> list[str]:
-        """What the best Dice so far was measured on."""
-        return [*(folder.name for folder in self.settings.data), str(self.settings.validation)]
 
 
 def ahead(make: Callable[[int], T], first: int, workers: int) -> Iterator[T]:

@@ -9,14 +9,21 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from training.anatomy import Organ
 
 UNKNOWN = 255
 WEIGHT = 0.5  # of the organs' cross-entropy in the loss
+
+
+def beyond(organs: NDArray[np.uint8]) -> int:
+    """What lies beyond the edge of an organ map: air, unless nobody knows the organs of that scan."""
+    return UNKNOWN if organs.flat[0] == UNKNOWN else Organ.AIR
 
 
 class OrganHeads(nn.Module):

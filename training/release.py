@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -53,7 +54,7 @@ def release(hybrid: dict[str, torch.Tensor], unet: bytes, recipe: Recipe, out: P
     graph = export_graph(half, recipe.hybrid)
     parts = {"hybrid.safetensors": save(half), "hybrid.onnx": graph.content, "unet.onnx": unet}
     for name, content in parts.items():
-        (out / name).write_bytes(content)
+        write_whole(out / name, content)
     sums = {name: {"file": name, "sha256": hashlib.sha256(content).hexdigest()} for name, content in parts.items()}
     look = {
         "plane": recipe.plane,
@@ -90,7 +91,7 @@ def metadata(path: Path) -> dict[str, Any]:
     except (SafetensorError, DecodeError) as error:
         raise ValueError(f"{path}: cannot be read ({error}): name a file of a run") from error
     if CONFIG not in said:
-        raise ValueError(f"{path}: says nothing of its network: train it with `python -m training`")
+        raise ValueError(f"{path}: says nothing of its network: name a run's unet.onnx, or its hybrid.safetensors")
     return said
 
 
@@ -106,7 +107,11 @@ class Settings:
 
 def main(settings: Settings) -> None:
     """Put trained networks together as a folder of weights; what they are is told by their files."""
+    if settings.hybrid.suffix != ".safetensors" or settings.unet.suffix != ".onnx":
+        raise ValueError(f"--hybrid {settings.hybrid}, --unet {settings.unet}: name hybrid.safetensors and unet.onnx")
     hybrid, unet = metadata(settings.hybrid), metadata(settings.unet)
+    if (settings.out / MANIFEST).exists():
+        print(f"{settings.out}: written anew, with the default thresholds: calibrate it", file=sys.stderr)
     recipe = Recipe(
         settings.out.name,
         HybridConfig.from_dict(json.loads(hybrid[CONFIG])),

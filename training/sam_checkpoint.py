@@ -19,6 +19,7 @@ from inference.hybrid.model import Hybrid
 PIXEL_MEAN = torch.tensor([123.675, 116.28, 103.53])  # of SAM, for 0 … 255
 PIXEL_STD = torch.tensor([58.395, 57.12, 57.375])
 PLACES = {"image_encoder.": "vit.", "prompt_encoder.": "prompt_encoder.sam.", "mask_decoder.": "mask_decoder."}
+OURS = ".adapter."  # in SAM's ViT, and not of it
 UNUSED = (  # no mask prompts, no quality head, mask token 0 only
     "prompt_encoder.mask_downscaling.",
     "mask_decoder.iou_prediction_head.",
@@ -49,6 +50,9 @@ def load_sam(model: Hybrid, sam: Mapping[str, Tensor]) -> list[str]:
         if target not in own:
             raise ValueError(f"{name} has no place in this network: give an official sam_vit_b checkpoint")
         new[target] = fit(target, value.float(), own[target].shape, blocks)
+    lacking = sorted(name for name in own if name.startswith("vit.") and OURS not in name and name not in new)
+    if lacking:
+        raise ValueError(f"{lacking[0]} is not in it: give an official sam_vit_b checkpoint")
     fold_normalisation(new)
     model.load_state_dict(new, strict=False)
     return sorted(new)

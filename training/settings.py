@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 
 def refuse_less(settings: object, least: Mapping[str, float]) -> None:
@@ -16,3 +16,11 @@ def refuse_less(settings: object, least: Mapping[str, float]) -> None:
         if not numbers or not all(number >= value for number in numbers):
             option = " ".join(("--" + name.replace("_", "-"), *map(str, numbers)))
             raise ValueError(f"{option}: give {value} or more")
+
+
+def refuse_beyond(settings: object, shares: Iterable[str]) -> None:
+    """ValueError where one of these settings is no share, from 0 to 1."""
+    for name in shares:
+        given = getattr(settings, name)
+        if not 0 <= given <= 1:
+            raise ValueError(f"--{name.replace('_', '-')} {given}: give a share from 0 to 1")

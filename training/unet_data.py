@@ -15,10 +15,10 @@ from torch import Tensor
 
 from inference.resampling import nearest
 from inference.unet import AIR_HU, UNetConfig, channels, resample
-from training.anatomy import Organ
 from training.augmentation import RandomEnhancement, RandomInPlane, RandomNoise
 from training.cache import Arrays, prepare
 from training.data import Case, Entry
+from training.organs import beyond
 from training.sources import Sources
 
 FOREGROUND_SHARE = 0.5  # of the patches are centred near a lesion; nnU-Net's rule is 1/3, over whole batches
@@ -80,9 +80,9 @@ class Patches(NamedTuple):
 
 
 def check_sides(patch: Patch) -> None:
-    """ValueError where the network, which halves a patch three times, cannot take it."""
-    if min(patch) < 16 or any(side % 8 for side in patch):
-        raise ValueError(f"patch sides must be multiples of 8 from 16 on, not {patch}")
+    """ValueError where the network, which halves a patch three times, or what turns it in-plane cannot take it."""
+    if min(patch) < 16 or any(side % 8 for side in patch) or patch[1] != patch[2]:
+        raise ValueError(f"patch sides must be multiples of 8 from 16 on, the last two alike, not {patch}")
 
 
 class PatchSampler:
@@ -118,7 +118,7 @@ class PatchSampler:
             return move(torch.from_numpy(values), mode, margin) + outside  # where nothing is, there is `outside`
 
         label = (moved(case.label, 0, "bilinear")[None] >= 0.5).float()
-        organs = moved(case.organs, Organ.AIR, "nearest").byte()
+        organs = moved(case.organs, beyond(case.organs), "nearest").byte()
         hu = self.enhancement.draw(rng)(moved(case.hu, AIR_HU, "bilinear"), organs)
         image = channels(_intensity(rng, self.noise.draw(rng)(hu).numpy()), self.config)
         return Patches(torch.from_numpy(image), label, organs, self.sources.one_hot(source))

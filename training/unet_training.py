@@ -20,6 +20,7 @@ from training.data import split
 from training.loop import Common, Run, Task, load_weights, save_weights, train
 from training.losses import annealed_weight, dice, mask_loss
 from training.organs import OrganHeads
+from training.settings import refuse_beyond
 from training.sources import scores_by_source
 from training.unet import build_unet, export_onnx
 from training.unet_data import GridCase, Patch, Patches, PatchSampler, check_sides, grid_cases
@@ -42,6 +43,7 @@ class Settings(Common):
         super().__post_init__()
         if min(self.features, self.batch) < 1:
             raise ValueError("--features and --batch must be 1 or more")
+        refuse_beyond(self, ("small_share",))
         check_sides(self.patch)
         check_sides(self.small)
 

@@ -6,14 +6,17 @@ import csv
 import shutil
 from pathlib import Path
 
+import nibabel as nib
 import numpy as np
 import pytest
 
+from inference.unet import UNetConfig
 from training.anatomy import Organ
 from training.cache import place, prepare
 from training.data import COLUMNS, load_case, read_folder, split
 from training.hybrid_data import StackSampler, slice_cases
 from training.organs import UNKNOWN
+from training.unet_data import PatchSampler, grid_cases
 
 
 @pytest.fixture
@@ -84,6 +87,43 @@ def test_whole_patients_are_kept_for_validation(folder, own) -> None:
     assert [entry.name for entry in split((own,), 3)[1]] == ["c3", "c4", "c5"]
     with pytest.raises(ValueError, match="too few to keep 6"):
         split((folder,), 6)
+
+
+def test_who_judges_in_one_folder_is_not_trained_on_in_another(folder, own) -> None:
+    """Lesions drawn into scans of c1 and c5, of whom c5 is kept out of the other folder."""
+    rows = [f"c{i},complete,0,liver,{patient}" for i, patient in enumerate(("c1", "c5", "c5", "c1", "c9", "c9"))]
+    (own / "cases.csv").write_text("\n".join([",".join([*COLUMNS, "patient"]), *rows]) + "\n")
+    training, held_out = split((folder, own), 2)
+    assert [(e.source.name, e.name) for e in held_out] == [(folder.name, "c5"), ("own", "c4"), ("own", "c5")]
+    assert [e.name for e in training if e.source.name == "own"] == ["c0", "c3"]
+    assert [e.name for e in training if e.source.name != "own"] == ["c0", "c1", "c2", "c3", "c4"]
+    training, _ = split((own, folder), 2)
+    assert [e.name for e in training if e.source.name == "own"] == ["c0", "c3"]
+
+
+def test_beyond_an_unknown_organ_map_nothing_is_known(folder, own, tmp_path) -> None:
+    """A patch that hangs over the edge has air there, or nothing that is told where the scan's organs are unknown."""
+    (own / "organsTr" / "c1.nii.gz").unlink()
+    entries = [read_folder(root)[1] for root in (folder, own)]
+    config = UNetConfig()
+    for entry, outside in zip(entries, (Organ.AIR, UNKNOWN), strict=True):
+        cases = grid_cases([entry], tmp_path / "grid", config)
+        assert max(cases[0].organs.shape) < 128
+        drawn = PatchSampler(cases, config, seed=0).batch(0, range(2), (16, 128, 128)).organs
+        assert set(np.unique(drawn)) <= {outside, *np.unique(cases[0].organs)}
+        assert (drawn == outside).any()
+        sampler = StackSampler(slice_cases([entry], tmp_path / "slices", "axial", "square"), 2, 2, seed=4)
+        assert (sampler.batch(0, range(8)).organs == UNKNOWN).all() == (outside == UNKNOWN)
+
+
+def test_a_folder_that_teaches_nothing_is_named(folder, own, tmp_path) -> None:
+    for label in (own / "labelsTr").iterdir():
+        image = nib.load(label)
+        nib.save(nib.Nifti1Image(np.zeros(image.shape, np.uint8), image.affine), label)
+    write_rows(own, **{f"c{i}": "partial 0 liver" for i in range(6)})
+    cases = slice_cases([*read_folder(folder), *read_folder(own)], tmp_path / "cache", "axial", "square")
+    with pytest.raises(ValueError, match=r"own: no scan has a lesion, or is known to have none: leave this folder out"):
+        StackSampler(cases, 2, 2, 0, (1.0, 1.0))
 
 
 def arrays_of(case) -> dict[str, np.ndarray]:

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from training import __main__ as command_line
-from training import calibration, hybrid_training, implant, phantom, pseudo_labels, release
+from training import cache, calibration, hybrid_training, implant, phantom, pseudo_labels, release
 from training.data import Entry, link, load_case, read_folder
 from training.loop import Common, save_weights
 from training.unet_training import Settings
@@ -149,7 +149,7 @@ def test_a_run_goes_on_with_its_own_data_and_checkpoint(folder: Path, tmp_path: 
     train_unet(Settings((folder,), out, **TINY))
     assert "budget is spent already" in capsys.readouterr().out
     other = folder.rename(tmp_path / "other")
-    with pytest.raises(ValueError, match=r"checkpoint.pt: of a run on other data \(flare, 1 cases kept out\)"):
+    with pytest.raises(ValueError, match=r"checkpoint.pt: of a run on other data: .* \(flare/d\): name another"):
         train_unet(Settings((other,), out, **TINY))
     other.rename(folder)
     with pytest.raises(ValueError, match=r"checkpoint.pt: damaged, or of a run with other settings"):
@@ -220,6 +220,20 @@ def test_tables_as_spreadsheets_write_them(folder: Path) -> None:
     table(rows.replace("liver", "Nière"), "latin-1")
     with pytest.raises(ValueError, match=r"cases.csv: not in UTF-8: save it as CSV in UTF-8"):
         read_folder(folder)
+    table(
+        "Case,Annotated ,HEALTHY,lesion_type,Patient\n" + "".join(f"{name} ,partial,0,, p \n" for name in "abcd"),
+        "utf-8",
+    )
+    assert {(e.annotated, e.patient) for e in read_folder(folder)} == {("partial", "p")}
+    table(rows.replace("a,partial,0,liver", "a,partial,0,liver, left"), "utf-8")
+    with pytest.raises(ValueError, match=r"a: 5 cells in its row of cases.csv, which has 4 columns"):
+        read_folder(folder)
+    table(rows.replace("a,partial,0,liver", 'a,partial,0,"liver'), "utf-8")  # swallows the rows behind it
+    with pytest.raises(ValueError, match=r"cases.csv: cannot be read as a table \(.*\): close its quotes"):
+        read_folder(folder)
+    table(rows.replace("liver", "l" * 200_000), "utf-8")
+    with pytest.raises(ValueError, match=r"cases.csv: cannot be read as a table \(field larger"):
+        read_folder(folder)
     table(rows.replace(",", ";"), "utf-8")
     with pytest.raises(ValueError, match=r"cases.csv: no column .* with commas between them"):
         read_folder(folder)
@@ -254,7 +268,7 @@ def test_scans_without_their_rescale_intercept(folder: Path) -> None:
     stored[0] = -2000  # the padding around a scanner's round field
     write(scan, stored)
     entry = next(iter(read_folder(folder)))
-    with pytest.raises(ValueError, match=r"a_0000.nii.gz: holds nothing between -1024 and 0, .* rescale intercept"):
+    with pytest.raises(ValueError, match=r"a_0000.nii.gz: holds hardly anything from .* rescale intercept"):
         load_case(entry)
 
 
@@ -287,10 +301,47 @@ def test_completed_labels_follow_the_given_ones(folder: Path, tmp_path: Path, mo
             pseudo_labels.main(replace(settings, **change))
 
 
-@pytest.mark.parametrize("change", [{"stacks": 0}, {"targets": 0}, {"crop": 50}, {"crop": 272}, {"crop_stacks": 0}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        *({"stacks": 0}, {"targets": 0}, {"crop": 50}, {"crop": 272}, {"crop_stacks": 0}, {"crop_share": 2.0}),
+        *({"classifier_weight": -1.0}, {"lesion_weight": -1.0}, {"frozen_norms": 7.0}, {"clip": -1.0}),
+    ],
+)
 def test_settings_of_the_hybrid_that_make_no_sense(folder: Path, tmp_path: Path, change: dict) -> None:
     with pytest.raises(ValueError, match="--"):
         hybrid_training.Settings((folder,), tmp_path / "run", **change)
+
+
+@pytest.mark.parametrize("patch", [(16, 32, 48), (16, 36, 36), (8, 32, 32)])
+def test_patches_that_no_network_takes(folder: Path, tmp_path: Path, patch: tuple) -> None:
+    with pytest.raises(ValueError, match="patch sides must be multiples of 8 from 16 on, the last two alike"):
+        Settings((folder,), tmp_path / "run", patch=patch)
+
+
+def test_a_run_does_not_go_on_with_other_scans_of_the_same_names(folder: Path, tmp_path: Path) -> None:
+    settings = Settings((folder,), tmp_path / "run", **TINY)
+    train_unet(settings)
+    scan = folder / "imagesTr/d_0000.nii.gz"  # the one that judges
+    write(scan, np.asarray(nib.load(scan).dataobj)[::-1] + np.int16(7))
+    with pytest.raises(ValueError, match=r"checkpoint.pt: of a run on other data: .* \(flare/d\): name another --out"):
+        train_unet(settings)
+
+
+def test_a_full_disk_leaves_no_half_of_a_case_in_the_cache(folder: Path, tmp_path: Path, monkeypatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError("12 requested and 0 written")  # as numpy tells it
+
+    monkeypatch.setattr(cache.np, "save", full)
+    with pytest.raises(OSError, match=r"cannot be written \(12 requested and 0 written\): make room there"):
+        list(cache.prepare(read_folder(folder), tmp_path / "cache", lambda case: {"hu": case.hu}))
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_organs_of_another_code(folder: Path) -> None:
+    write(folder / "organsTr/a.nii.gz", np.full(SHAPE, 104, np.uint8))
+    with pytest.raises(ValueError, match=r"organsTr/a.nii.gz: 104 is the code of no organ"):
+        load_case(read_folder(folder)[0])
 
 
 def test_files_of_another_kind(folder: Path, tmp_path: Path, random_weights: Path) -> None:
@@ -299,9 +350,19 @@ def test_files_of_another_kind(folder: Path, tmp_path: Path, random_weights: Pat
         hybrid_training.main(
             hybrid_training.Settings((folder,), tmp_path / "run", sam_checkpoint=wrong, steps=1, validation=1)
         )
+    with pytest.raises(ValueError, match=r"name hybrid.safetensors and unet.onnx"):
+        release.main(release.Settings(wrong, wrong, tmp_path / "weights"))
     graph = random_weights / "hybrid.onnx"
     with pytest.raises(ValueError, match=r"hybrid.onnx: says nothing of its network"):
         release.metadata(graph)
+
+
+def test_calibration_lists_every_bad_case(folder: Path) -> None:
+    for name in "ac":
+        write(folder / f"labelsTr/{name}.nii.gz", 7 * a_label())
+    with pytest.raises(ValueError, match="mend or remove these cases") as error:
+        list(calibration.load_all(read_folder(folder)))
+    assert [line.split(":")[0].strip() for line in str(error.value).splitlines()[1:]] == ["a", "c"]
 
 
 def test_thresholds_are_not_chosen_on_nothing(folder: Path, random_weights: Path) -> None:

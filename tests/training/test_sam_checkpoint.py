@@ -70,3 +70,7 @@ def test_another_model_is_refused(sam) -> None:
         load_sam(Hybrid(PRESETS["small"]), sam.state_dict())
     with pytest.raises(ValueError, match="no place"):
         load_sam(Hybrid(PRESETS["base"]), {"encoder.layer.0": torch.zeros(1)})
+    whole = sam.state_dict()
+    for lacking in ("image_encoder.patch_embed.proj.weight", "image_encoder.blocks.7.mlp.lin1.bias"):
+        with pytest.raises(ValueError, match="is not in it: give an official sam_vit_b checkpoint"):
+            load_sam(Hybrid(PRESETS["base"]), {name: value for name, value in whole.items() if name != lacking})
