@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar
 
@@ -206,12 +207,6 @@ def freeze_norms(module: nn.Module) -> None:
             part.eval()
 
 
-def held_out(settings: Common) -> dict[str, int]:
-    """What the best Dice is measured on: FOLDER/CASE, and the bytes of each scan, since another may have its name."""
-    _, kept = split(settings.data, settings.validation)
-    return {f"{entry.source.name}/{entry.name}": entry.scan.stat().st_size for entry in kept}
-
-
 class Run:
     """A task in training: its averaged network, which validates and ships, its optimizer and its checkpoint."""
 
@@ -226,13 +221,18 @@ class Run:
             task = nn.SyncBatchNorm.convert_sync_batchnorm(task)
         self.task, self.optimizer = self.fabric.setup(task, optimizer(task.parameters(), lr=settings.learning_rate))
         self.budget, self.best = Budget(settings.minutes, settings.steps), -1.0
-        self.held_out = held_out(settings)
         if (settings.out / CHECKPOINT).exists():
             self._load(settings.out / CHECKPOINT)
 
     @property
     def step(self) -> int:
         return self.budget.step
+
+    @cached_property
+    def held_out(self) -> dict[str, int]:
+        """What the best Dice is measured on: FOLDER/CASE, and the bytes of each scan: another may have its name."""
+        _, kept = split(self.settings.data, self.settings.validation)
+        return {f"{entry.source.name}/{entry.name}": entry.scan.stat().st_size for entry in kept}
 
     def share(self) -> float:
         """Of the budget, the same in all processes."""

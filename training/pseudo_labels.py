@@ -20,17 +20,22 @@ from safetensors.torch import load_file
 from scipy.ndimage import binary_dilation
 from tqdm import tqdm
 
-from inference.atomic import write_whole
 from inference.hybrid.model import Hybrid, channels_last
 from inference.hybrid.predict import predict_slices
 from inference.hybrid.torch_engine import TorchHybrid
 from inference.pipeline import slice_source
 from inference.slices import SliceGrid
-from inference.volume import read_volume, write_label
+from inference.volume import case_name, read_volume, write_label
 from training import hybrid_training
+from training.cache import place
 from training.data import PSEUDO, Entry, link, read_folder, read_lesions
+from training.loop import CHECKPOINT, make_fabric, write_file
+from training.resume import recorded
+from training.settings import refuse_beyond, refuse_less
 
 TOUCH = np.ones((3, 3, 3), bool)
+DRAW = ("folds", "seed")  # what the folds are drawn by
+BUDGET = ("minutes", "steps")  # which may change until every label is there
 
 
 @dataclass(frozen=True)
@@ -42,18 +47,45 @@ class Settings(hybrid_training.Settings):
     confidence: float = 0.9  # mean probability that a candidate needs
     min_volume_ml: float = 0.1  # that it needs, too
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        refuse_beyond(self, ("voxel", "confidence"))
+        refuse_less(self, {"min_volume_ml": 0})
+
+    @property
+    def labels(self) -> Path:
+        """Folder of the labels that were completed, and of what each was made of."""
+        return self.out / "labels"
+
+    def label_of(self, entry: Entry) -> Path:
+        return self.labels / f"{entry.name}.nii.gz"
+
+    def source_of(self, entry: Entry) -> Path:
+        return self.labels / f"{entry.name}.source"
+
+    @property
+    def decisive(self) -> dict[str, str]:
+        """The settings that decide the labels, by name."""
+        told = recorded(self) | {"validation": str(self.validation)}
+        if self.steps:
+            del told["minutes"]  # which are not looked at
+        return told
+
     def of_fold(self, fold: int) -> hybrid_training.Settings:
         own = {field.name: getattr(self, field.name) for field in fields(hybrid_training.Settings)}
         folder = self.out / f"fold_{fold}"
         return replace(hybrid_training.Settings(**own), data=(folder / "data",), out=folder, cache=self.cache_folder)
 
 
+def patient_of(entry: Entry) -> str:
+    return entry.patient or entry.name
+
+
 def fold_of(entries: list[Entry], folds: int, seed: int) -> dict[str, int]:
-    """Fold of each case: patients are drawn by the seed, and those of all folds are as many, but for one."""
-    patients = sorted({entry.patient or entry.name for entry in entries})
+    """Fold of each patient: they are drawn by the seed, and those of all folds are as many, but for one."""
+    patients = sorted({patient_of(entry) for entry in entries})
     order = np.random.default_rng(seed).permutation(len(patients))
-    fold = {patients[index]: place % folds for place, index in enumerate(order)}
-    return {entry.name: fold[entry.patient or entry.name] for entry in entries}
+    return {patients[index]: turn % folds for turn, index in enumerate(order)}
 
 
 def complete(
@@ -75,10 +107,12 @@ def complete(
 
 
 def write_completed(network: Hybrid, entry: Entry, settings: Settings, path: Path) -> None:
-    """Write the completed label of a scan, on its own grid."""
+    """Write the completed label of a scan, on its own grid. ValueError where the scan is hardly one of HU."""
     volume = read_volume(entry.scan)
+    if volume.doubt:
+        raise ValueError(f"{entry.scan}: {volume.doubt}")
     label = np.zeros(volume.hu.shape, np.uint8)
-    if entry.label:
+    if entry.label and entry.annotated != "none":  # else nobody vouches for what the file holds
         label = (read_lesions(entry.label, volume.geometry) > 0).astype(np.uint8)
     grid = SliceGrid(volume.body.shape, volume.spacing_mm, settings.plane, settings.resize)
     predictions = predict_slices(TorchHybrid(network), grid, volume.body)
@@ -88,25 +122,99 @@ def write_completed(network: Hybrid, entry: Entry, settings: Settings, path: Pat
     write_label(label, volume.geometry, path)
 
 
-def is_older(completed: Path, entry: Entry) -> bool:
-    """Whether a completed label is still to be made: it is not there, or what was given has been changed since."""
-    if not completed.exists():
-        return True
-    return entry.label is not None and entry.label.stat().st_mtime > completed.stat().st_mtime
+def fingerprint(entry: Entry) -> str:
+    """Of what a completed label is made of; another one as soon as one of the case's files or its row changes."""
+    return place(Path(), entry).name
+
+
+def is_made(entry: Entry, settings: Settings) -> bool:
+    """Whether a label was completed of what is given now; not where nothing tells what it was made of."""
+    source = settings.source_of(entry)
+    return settings.label_of(entry).exists() and source.exists() and source.read_text() == fingerprint(entry)
+
+
+def make(network: Hybrid, entry: Entry, settings: Settings) -> None:
+    """Complete a label, and keep beside it what it was made of."""
+    source = fingerprint(entry)  # before it is read: what changes meanwhile is read once more in the next call
+    write_completed(network, entry, settings, settings.label_of(entry))
+    write_file(settings.source_of(entry), source.encode())
+
+
+def recall(path: Path) -> tuple[dict[str, str], dict[str, int]]:
+    """The settings and each patient's fold that `folds.json` tells of earlier calls; nothing where there were none.
+
+    What older versions wrote tells --folds and --seed alone.
+    """
+    if not path.exists():
+        return {}, {}
+    try:
+        told = json.loads(path.read_text())
+        settings = {name: str(told[name]) for name in DRAW if name in told} | told.get("settings", {})
+        return settings, dict(told.get("patients", {}))
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path}: damaged, so that nothing tells what was drawn: name another --out") from error
+
+
+def refuse_changes(entries: list[Entry], settings: Settings, before: dict[str, str]) -> None:
+    """ValueError where a setting that decided what is in OUT is another one now."""
+    now, there = settings.decisive, [settings.label_of(entry).exists() for entry in entries if not entry.complete]
+    begun = any(settings.labels.glob("*.nii.gz")) or any(settings.out.glob(f"fold_*/{CHECKPOINT}"))
+    whole = begun and all(there)
+    bound = {name: name in DRAW or (whole if name in BUDGET else begun) for name in now}
+    changed = [name for name in now if bound[name] and before.get(name, now[name]) != now[name]]
+    if changed:
+        others = "other --folds or another --seed" if set(changed) & set(DRAW) else "other settings"
+        told = ", ".join(f"--{name.replace('_', '-')} was {before[name]} and is {now[name]}" for name in changed)
+        mend = "give what it was, or name another --out"
+        raise ValueError(f"{settings.out}: was begun with {others} ({told}): {mend}")
+
+
+def settle_folds(entries: list[Entry], settings: Settings) -> dict[str, int]:
+    """Fold of each patient, as it was in earlier calls. ValueError where what is given does not fit those.
+
+    A network that was trained before would seek in patients that it was trained on, if folds were drawn anew.
+    """
+    record = settings.out / "folds.json"
+    before, known = recall(record)
+    refuse_changes(entries, settings, before)
+    folds = fold_of(entries, settings.folds, settings.seed)
+    if known.keys() == folds.keys():
+        folds = known
+    elif known and any(settings.out.glob("fold_*")):
+        groups = (("new", folds.keys() - known.keys()), ("gone", known.keys() - folds.keys()))
+        told = "; ".join(f"{what}: {', '.join(sorted(names)[:3])}" for what, names in groups if names)
+        mend = "give the same patients, or name another --out"
+        raise ValueError(f"{settings.out}: its folds are of other patients ({told}): {mend}")
+    settings.labels.mkdir(parents=True, exist_ok=True)
+    write_file(record, json.dumps({"settings": settings.decisive, "patients": folds}, indent=1).encode())
+    return folds
 
 
 def train_fold(entries: list[Entry], settings: hybrid_training.Settings) -> Hybrid:
-    """The network of one fold, trained on these cases unless it was before."""
+    """The network of one fold, trained on these cases unless it was before, on the device that the settings ask for."""
     (folder,) = settings.data
     link(entries, folder)
     hybrid_training.main(settings)
     network = Hybrid(settings.config)
     network.load_state_dict(load_file(settings.out / "hybrid.safetensors"))
-    return channels_last(network).eval()
+    return channels_last(network).eval().to(make_fabric(settings).device)
 
 
-def main(settings: Settings) -> None:
-    """Complete partial labels by what networks of the other folds find; the result is OUT/completed."""
+def refuse_trained_on(held_out: list[Entry], fold: hybrid_training.Settings) -> None:
+    """ValueError where a fold's network was trained on what it is to seek in, as where a case's patient is another now.
+
+    Nothing else tells it of what older versions drew.
+    """
+    (folder,) = fold.data
+    trained_on = {case_name(path) for path in (folder / "imagesTr").glob("*")}
+    names = [entry.name for entry in held_out if entry.name in trained_on]
+    if names and (fold.out / CHECKPOINT).exists():
+        told = ", ".join(names[:3])
+        raise ValueError(f"{fold.out}: was trained on {told}, which it is to seek lesions in: name another --out")
+
+
+def refuse_misuse(settings: Settings) -> None:
+    """ValueError where this cannot be done with such settings, or would cost somebody's files."""
     if len(settings.data) != 1:
         raise ValueError("--data: pseudo labels are of one FLARE folder: call it once for each")
     if "WORLD_SIZE" in os.environ:
@@ -117,29 +225,29 @@ def main(settings: Settings) -> None:
         raise ValueError(
             f"--data {settings.data[0]} lies in --out {settings.out}, which is written anew: name another --out"
         )
+
+
+def main(settings: Settings) -> None:
+    """Complete partial labels by what networks of the other folds find; the result is OUT/completed."""
+    refuse_misuse(settings)
     entries = read_folder(settings.data[0])
     if any(entry.pseudo for entry in entries):
         raise ValueError(f"--data {settings.data[0]}: is completed already: name the folder that it was made of")
-    folds = fold_of(entries, settings.folds, settings.seed)
-    added = settings.out / "labels"
-    added.mkdir(parents=True, exist_ok=True)
-    drawn, told = settings.out / "folds.json", {"folds": settings.folds, "seed": settings.seed}
-    if drawn.exists() and json.loads(drawn.read_text()) != told:
-        raise ValueError(f"{settings.out}: was begun with other --folds or another --seed: name another --out")
-    write_whole(drawn, json.dumps(told).encode())
+    folds = settle_folds(entries, settings)
     for fold in range(settings.folds):
-        held_out = [e for e in entries if folds[e.name] == fold and not e.complete]
-        missing = [entry for entry in held_out if is_older(added / f"{entry.name}.nii.gz", entry)]
+        held_out = [entry for entry in entries if folds[patient_of(entry)] == fold and not entry.complete]
+        missing = [entry for entry in held_out if not is_made(entry, settings)]
         if not missing:
             continue
-        others = [entry for entry in entries if folds[entry.name] != fold and entry.teaches]
+        refuse_trained_on(missing, settings.of_fold(fold))
+        others = [entry for entry in entries if folds[patient_of(entry)] != fold and entry.teaches]
         network = train_fold(others, settings.of_fold(fold))
         for entry in tqdm(missing, desc=f"fold {fold}", unit="case"):
-            write_completed(network, entry, settings, added / f"{entry.name}.nii.gz")
-    completed = [
-        entry
-        if entry.complete
-        else replace(entry, label=added / f"{entry.name}.nii.gz", annotated="partial", pseudo=True)
-        for entry in entries
-    ]
-    link(completed, settings.out / "completed")
+            make(network, entry, settings)
+    link([_completed(entry, settings) for entry in entries], settings.out / "completed")
+
+
+def _completed(entry: Entry, settings: Settings) -> Entry:
+    if entry.complete:
+        return entry
+    return replace(entry, label=settings.label_of(entry), annotated="partial", pseudo=True)

@@ -28,10 +28,12 @@ def test_crops_hold_the_tumour_and_stay_where_they_were_in_space(tmp_path) -> No
     i, j, k = np.indices((20, 24, 12))
     hu, label = (i + 20 * j + 480 * k - 1000).astype(np.int16), np.zeros(i.shape, np.uint8)
     label[6:11, 8:20, 5] = 1
+    hu[7:11] = -100  # fat, behind the first voxel of any crop that holds the tumour
     for name in "ABCDEFGH":
         nib.save(nib.Nifti1Image(hu, AFFINE), data / "sts" / "images" / f"{name}_0000.nii.gz")
         nib.save(nib.Nifti1Image(label, AFFINE), data / "sts" / "labels" / f"{name}.nii.gz")
     trunk = np.random.default_rng(0).normal(50, 10, (40, 40, 30)).astype(np.int16)
+    trunk[:, ::10] = -100  # fat, in every crop
     nib.save(nib.Nifti1Image(trunk, AFFINE), data / "abdomen" / "images" / "X_0000.nii.gz")
     codes = np.full(trunk.shape, 5, np.uint8)  # liver
     codes[:10], codes[-10:] = 22, 89  # a prostate, which no phantom has, and a muscle
