@@ -19,6 +19,7 @@ from typing import Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
+from inference.atomic import write_whole
 from inference.volume import Geometry, case_name, is_scan, read_label, read_volume
 from training.anatomy import Organ
 from training.organs import UNKNOWN
@@ -222,14 +223,25 @@ def refuse_others(folder: Path, names: Iterable[str]) -> None:
         raise ValueError(f"{folder}: holds other scans already ({others[0]}): name another --out")
 
 
-def write_rows(folder: Path, entries: list[Entry]) -> None:
-    """Write `cases.csv`."""
-    with (folder / "cases.csv").open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow([*COLUMNS, "patient", "pseudo"])
-        writer.writerows(
-            [e.name, e.annotated, int(e.healthy), e.lesion_type, e.patient, int(e.pseudo)] for e in entries
-        )
+def write_rows(folder: Path, entries: Iterable[Entry]) -> None:
+    """Write `cases.csv`, whole or not at all."""
+    file = io.StringIO(newline="")
+    writer = csv.writer(file)
+    writer.writerow([*COLUMNS, "patient", "pseudo"])
+    writer.writerows([e.name, e.annotated, int(e.healthy), e.lesion_type, e.patient, int(e.pseudo)] for e in entries)
+    write_whole(folder / "cases.csv", file.getvalue().encode())
+
+
+def finished(folder: Path) -> dict[str, Entry]:
+    """By name, the scans that `cases.csv` tells of: what writes a folder adds a row when a scan is whole.
+
+    ValueError where a row is not as this program writes it.
+    """
+    scans = {case_name(path): path for path in (folder / "imagesTr").glob("*") if is_scan(path)}
+    problems: list[str] = []
+    rows = _rows(folder / "cases.csv", problems)
+    refuse(problems, folder)
+    return {name: _entry(folder, name, scans[name], row) for name, row in rows.items() if name in scans}
 
 
 def _existing(path: Path) -> Path | None:

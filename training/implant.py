@@ -8,6 +8,7 @@ drawn into soft tissue or lung away from the annotated ones. They take over the 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from inference.fusion import bounding_box
 from training.data import Annotated, Case, Entry, load_case, read_folder, refuse_others, write_rows
 from training.grid import Grid
 from training.lesions import VOLUME_ML, Lesion, draw_volume, lesion_shape, radius_of
-from training.phantom import write_nifti
+from training.phantom import remove_flare, write_nifti
 from training.shapes import span
 
 SOFT_HU = (-20.0, 140.0)  # of tissue in which lesions are drawn
@@ -45,9 +46,19 @@ class Settings:
 def main(settings: Settings) -> None:
     """Write real scans, cropped at random, with drawn lesions in them."""
     entries = read_folder(settings.data)
-    refuse_others(settings.out, (case_name_of(entries, index) for index in range(settings.count)))
-    made = [make(entries, settings, index) for index in tqdm(range(settings.count), unit="case")]
-    write_rows(settings.out, made)
+    names = [case_name_of(entries, index) for index in range(settings.count)]
+    refuse_others(settings.out, names)
+    for name in names:  # without its row, an older one would count as another patient
+        remove_flare(settings.out, name)
+    write_made(settings.out, (make(entries, settings, index) for index in tqdm(range(settings.count), unit="case")))
+
+
+def write_made(out: Path, made: Iterable[Entry]) -> None:
+    """Keep the row of each case as soon as it is whole."""
+    entries: list[Entry] = []
+    for entry in made:
+        entries.append(entry)
+        write_rows(out, entries)
 
 
 def case_name_of(entries: list[Entry], index: int) -> str:

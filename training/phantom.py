@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 from collections.abc import Generator
 from concurrent.futures import ProcessPoolExecutor
@@ -16,15 +17,17 @@ from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import nibabel as nib
 import numpy as np
 from scipy.ndimage import gaussian_filter1d
 from tqdm import tqdm
 
+from inference.atomic import write_whole
 from training import anatomy, skeleton, thorax, viscera
 from training.anatomy import Patient
-from training.data import Annotated, Entry, refuse_others, write_rows
+from training.data import Annotated, Entry, finished, refuse_others, write_rows
 from training.grid import HOST, Array, Axes, Numpy, computer
 from training.lesions import SITE_CODE, Lesion, add_lesions
 from training.scene import Canvas, render
@@ -284,6 +287,10 @@ class Settings:
     device: str = "cpu"  # what paints: "cpu", one core a job, or "cuda" or "cuda:N", by torch
 
 
+DECISIVE = ("healthy_share", "chest_share", "partial_share", "network_grid", "thinnest_mm")  # with the seed, for a scan
+RECORD = "phantoms.json"
+
+
 def name_of(seed: int) -> str:
     """Of the case that is written of a phantom."""
     return f"phantom_{seed:06d}"
@@ -319,8 +326,8 @@ def _write_case(seed: int, settings: Settings) -> Entry:
 def main(settings: Settings) -> None:
     """Write procedural CTs with lesions as a FLARE folder, and `cases.csv`.
 
-    labelsTr is what annotators left, completeTr all lesions, organsTr the organ of every voxel. If it is interrupted,
-    the scans that are whole stay, with their rows, without which a partial label would count as complete.
+    labelsTr is what annotators left, completeTr all lesions, organsTr the organ of every voxel. A scan has its row, without
+    which a partial label would count as complete, as soon as it is whole; called again, only what has none is made.
     """
     computer(settings.device)
     if settings.count < 1 or settings.seed < 0 or settings.jobs < 1:
@@ -330,19 +337,45 @@ def main(settings: Settings) -> None:
         raise ValueError("--network-grid has slices of its own: leave --thinnest-mm out")
     seeds = range(settings.seed, settings.seed + settings.count)
     refuse_others(settings.out, map(name_of, seeds))
-    settings.out.mkdir(parents=True, exist_ok=True)
-    entries: list[Entry] = []
+    done = resume(settings)
+    missing = [seed for seed in seeds if name_of(seed) not in done]
     try:
-        with closing(_written(settings, seeds)) as written:
-            for entry in tqdm(written, total=settings.count, unit="scan"):
-                entries.append(entry)
+        with closing(_written(settings, missing)) as written:
+            for entry in tqdm(written, total=settings.count, initial=settings.count - len(missing), unit="scan"):
+                done[entry.name] = entry
+                write_rows(settings.out, (done[name] for name in sorted(done)))
     finally:
-        for name in {name_of(seed) for seed in seeds} - {entry.name for entry in entries}:
-            remove_flare(settings.out, name)
-        write_rows(settings.out, entries)
+        for seed in missing:
+            if name_of(seed) not in done:
+                remove_flare(settings.out, name_of(seed))
 
 
-def _written(settings: Settings, seeds: range) -> Generator[Entry]:
+def resume(settings: Settings) -> dict[str, Entry]:
+    """What the folder holds already, by name. ValueError where that was made with other settings.
+
+    Which they were is told by `phantoms.json` beside it.
+    """
+    now = {name: getattr(settings, name) for name in DECISIVE} | {"version": PHANTOM_VERSION}
+    record, there = settings.out / RECORD, finished(settings.out)
+    before = read_record(record) if record.exists() else {}
+    changed = [name for name in now if before.get(name) != now[name]]
+    if there and changed:
+        told = ", ".join(f"{name} {before.get(name, 'unknown')}, now {now[name]}" for name in changed)
+        raise ValueError(f"{settings.out}: its phantoms were made with other settings ({told}): name another --out")
+    settings.out.mkdir(parents=True, exist_ok=True)
+    write_whole(record, json.dumps(now).encode())
+    return there
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """What `phantoms.json` holds; nothing where it is damaged."""
+    try:
+        return dict(json.loads(path.read_text()))
+    except (ValueError, TypeError):
+        return {}
+
+
+def _written(settings: Settings, seeds: list[int]) -> Generator[Entry]:
     """Every phantom as it is written, by as many processes as asked for, which have ended when this has."""
     work = partial(_write_case, settings=settings)
     if settings.jobs == 1:

@@ -124,6 +124,63 @@ def test_an_interrupted_folder_of_phantoms_is_whole(tmp_path: Path, monkeypatch,
     assert len(list(tmp_path.rglob("*.nii.gz"))) == 4
 
 
+def test_phantoms_go_on_and_lose_none(tmp_path: Path, monkeypatch) -> None:
+    """Two of three are there; a call that breaks off at once leaves them, the next makes what lacks, and no more."""
+    made = []
+
+    def make(seed: int, settings: phantom.Settings) -> Entry:
+        made.append(seed)
+        return write_case(seed, settings)
+
+    monkeypatch.setattr(phantom, "_write_case", make)
+    phantom.main(phantom.Settings(tmp_path, 2, seed=5))
+    before = files(tmp_path)
+    for count, redone in ((3, [7]), (3, [7])):  # seed 7 is interrupted, as often as it is called
+        made.clear()
+        with pytest.raises(KeyboardInterrupt):
+            phantom.main(phantom.Settings(tmp_path, count, seed=5))
+        assert made == redone
+        assert files(tmp_path) == before
+    made.clear()
+    phantom.main(phantom.Settings(tmp_path, 2, seed=5))
+    assert made == []
+    assert files(tmp_path) == before
+
+
+@pytest.mark.parametrize("change", [{"partial_share": 1.0}, {"network_grid": True}, {"thinnest_mm": 2.5}])
+def test_phantoms_of_other_settings_are_not_mixed(tmp_path: Path, monkeypatch, change: dict) -> None:
+    monkeypatch.setattr(phantom, "_write_case", write_case)
+    phantom.main(phantom.Settings(tmp_path, 1, seed=5))
+    before = files(tmp_path)
+    for damage in (None, b"", b"[1]"):  # as where an older version made them, or a disk failed
+        if damage is not None:
+            (tmp_path / "phantoms.json").write_bytes(damage)
+        with pytest.raises(ValueError, match="its phantoms were made with other settings .*: name another --out"):
+            phantom.main(phantom.Settings(tmp_path, 2, seed=5, **change))
+        assert {name: text for name, text in files(tmp_path).items() if name != "phantoms.json"} == {
+            name: text for name, text in before.items() if name != "phantoms.json"
+        }
+
+
+def test_an_interrupted_implant_keeps_what_is_told_of_whole_cases(folder: Path, tmp_path: Path, monkeypatch) -> None:
+    """Made before, and again until the third case: what is there has its row, with its patient."""
+    settings, make = implant.Settings(folder, tmp_path / "out", 4), implant.make
+    implant.main(settings)
+
+    def interrupted(entries: list[Entry], settings: implant.Settings, index: int) -> Entry:
+        if index == 2:
+            raise KeyboardInterrupt
+        return make(entries, settings, index)
+
+    monkeypatch.setattr(implant, "make", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        implant.main(settings)
+    assert [(entry.name, entry.patient) for entry in read_folder(tmp_path / "out")] == [
+        ("a_0000", "a"),
+        ("b_0001", "b"),
+    ]
+
+
 @pytest.mark.parametrize(
     ("name", "value"),
     [

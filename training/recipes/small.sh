@@ -17,7 +17,7 @@ export MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=20000000000 MALLOC_TOP_PAD_=500
 phantoms() {
     folder=$1 count=$2 seed=$3
     shift 3
-    [ -e "$work/$folder/cases.csv" ] || $run phantoms --out "$work/$folder" --count "$count" --seed "$seed" --jobs 2 "$@"
+    $run phantoms --out "$work/$folder" --count "$count" --seed "$seed" --jobs 2 "$@"
 }
 phantoms phantoms_1 743 1000 --network-grid
 phantoms phantoms_2 480 4000 --network-grid
