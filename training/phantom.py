@@ -326,8 +326,8 @@ def _write_case(seed: int, settings: Settings) -> Entry:
 def main(settings: Settings) -> None:
     """Write procedural CTs with lesions as a FLARE folder, and `cases.csv`.
 
-    labelsTr is what annotators left, completeTr all lesions, organsTr the organ of every voxel. A scan has its row, without
-    which a partial label would count as complete, as soon as it is whole; called again, only what has none is made.
+    labelsTr is what annotators left, completeTr all lesions, organsTr the organ of every voxel. A scan has its row,
+    without which a partial label would count as complete, as soon as it is whole. Called again, it makes what has none.
     """
     computer(settings.device)
     if settings.count < 1 or settings.seed < 0 or settings.jobs < 1:

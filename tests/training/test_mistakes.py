@@ -155,7 +155,7 @@ def test_phantoms_of_other_settings_are_not_mixed(tmp_path: Path, monkeypatch, c
     for damage in (None, b"", b"[1]"):  # as where an older version made them, or a disk failed
         if damage is not None:
             (tmp_path / "phantoms.json").write_bytes(damage)
-        with pytest.raises(ValueError, match="its phantoms were made with other settings .*: name another --out"):
+        with pytest.raises(ValueError, match=r"its phantoms were made with other settings .*: name another --out"):
             phantom.main(phantom.Settings(tmp_path, 2, seed=5, **change))
         assert {name: text for name, text in files(tmp_path).items() if name != "phantoms.json"} == {
             name: text for name, text in before.items() if name != "phantoms.json"
