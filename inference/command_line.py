@@ -90,7 +90,7 @@ def wanted(scan: Path, outputs: Path, save_probabilities: bool) -> list[Path]:
 def place(path: Path) -> tuple[int, int] | str:
     """The same for all names of one file, whatever links and mounts lead to it."""
     try:
-        there = os.stat(path)  # noqa: PTH116  # `Path.stat` fails no less, and this is beside `realpath`
+        there = path.stat()
     except OSError:
         return os.path.realpath(path)  # unlike `resolve`, it bears links that go in circles
     return there.st_dev, there.st_ino
@@ -109,10 +109,10 @@ def replacing(scans: list[Path], outputs: Path, save_probabilities: bool) -> dic
 
 def doubled(scans: list[Path], outputs: Path, save_probabilities: bool) -> dict[Path, str]:
     """Scans whose output would replace that of a scan before them, with the sentence that says so."""
-    taken: dict[tuple[int, int] | str, Path] = {}
+    taken: dict[str, Path] = {}  # by path: masks that are alike may be hard links, and are replaced one by one
     found = {}
     for scan in scans:
-        places = [place(path) for path in wanted(scan, outputs, save_probabilities)]
+        places = [os.path.realpath(path) for path in wanted(scan, outputs, save_probabilities)]
         other = next((taken[one] for one in places if one in taken), None)
         if other is None:
             taken |= dict.fromkeys(places, scan)

@@ -177,6 +177,14 @@ def test_a_probability_stands_in_the_way_of_a_mask_only_where_it_is_written(tmp_
     assert list(doubled(scans, tmp_path / "out", save_probabilities=True)) == scans[1:]
 
 
+def test_masks_that_are_one_file_are_still_two(tmp_path: Path) -> None:
+    """As tools leave them that link files of the same bytes."""
+    (tmp_path / "a.nii.gz").write_bytes(b"a mask")
+    os.link(tmp_path / "a.nii.gz", tmp_path / "b.nii.gz")
+    scans = [tmp_path / "in" / "a_0000.nii.gz", tmp_path / "in" / "b_0000.nii.gz"]
+    assert doubled(scans, tmp_path, save_probabilities=False) == {}
+
+
 def test_what_was_refused_for_anothers_mask_is_not_skipped(inputs: Path, random_weights: Path, tmp_path: Path) -> None:
     write_scan(inputs / "a.nii.gz", seed=1)
     (tmp_path / "out").mkdir()
