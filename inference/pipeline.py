@@ -134,8 +134,8 @@ class Pipeline:
         report = Report(case=case_name(source), input=source.name)
         with report.stage("read"):
             volume = read(source)
-        if volume.doubt:
-            logger.warning("%s: %s; its mask may be worth nothing", source.name, volume.doubt)
+        if doubt := volume.doubt:
+            logger.warning("%s: %s; its mask may be worth nothing", source.name, doubt)
         geometry, box = volume.geometry, volume.box
         report.size, report.spacing_mm = geometry.shape, geometry.spacing_mm
         room = room_mib(source, geometry.shape, beside_mib=self._beside_mib(volume))

@@ -16,7 +16,7 @@ import tyro
 from training import calibration, hybrid_training, implant, phantom, pseudo_labels, release, unet_training, unfold
 from training.command_line import exit_code
 
-INTERRUPTED = "interrupted: phantoms, trainings and pseudo-labels go on when they are called again with the same --out"
+GOES_ON = "interrupted: phantoms, trainings and pseudo-labels go on when they are called again with the same --out"
 COMMANDS: dict[str, Callable[..., None]] = {
     "phantoms": phantom.main,
     "implant": implant.main,
@@ -38,7 +38,7 @@ def main() -> int:
         description=__doc__,
         config=(tyro.conf.OmitArgPrefixes,),
     )
-    return exit_code(command, 1, INTERRUPTED)
+    return exit_code(command, 1, GOES_ON)
 
 
 if __name__ == "__main__":

@@ -265,8 +265,8 @@ def read_lesions(path: Path, geometry: Geometry, pseudo: bool = False) -> NDArra
 def load_case(entry: Entry) -> Case:
     """Read scan, label and organs, which must lie on the same grid. ValueError, also where the label is not as said."""
     volume = read_volume(entry.scan)
-    if volume.doubt:
-        raise ValueError(f"{entry.scan}: {volume.doubt}")
+    if doubt := volume.doubt:
+        raise ValueError(f"{entry.scan}: {doubt}")
     label = np.zeros(volume.hu.shape, np.uint8)
     if entry.label:
         label = read_lesions(entry.label, volume.geometry, entry.pseudo)

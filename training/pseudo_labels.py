@@ -109,8 +109,8 @@ def complete(
 def write_completed(network: Hybrid, entry: Entry, settings: Settings, path: Path) -> None:
     """Write the completed label of a scan, on its own grid. ValueError where the scan is hardly one of HU."""
     volume = read_volume(entry.scan)
-    if volume.doubt:
-        raise ValueError(f"{entry.scan}: {volume.doubt}")
+    if doubt := volume.doubt:
+        raise ValueError(f"{entry.scan}: {doubt}")
     label = np.zeros(volume.hu.shape, np.uint8)
     if entry.label and entry.annotated != "none":  # else nobody vouches for what the file holds
         label = (read_lesions(entry.label, volume.geometry) > 0).astype(np.uint8)
