@@ -196,12 +196,12 @@ def _geometry(path: Path, header: nib.Nifti1Header, shape: tuple[int, int, int])
         raise ValueError(f"{path}: its direction is singular: correct the header")
     if not np.all(np.isfinite(best)):
         raise ValueError(f"{path}: its origin is not a finite number: correct the header")
+    if min(lengths) < SPACING_MM[0] or max(lengths) > SPACING_MM[1]:
+        raise ValueError(f"{path}: its spacing {tuple(lengths.tolist())} mm is none of a CT: correct the header")
     narrow, wide, long = sorted(lengths * shape)
     if long > LARGEST_FIELD_MM or wide > LARGEST_WIDTH_MM:
         size = " × ".join(f"{side / 1000:.3g}" for side in (narrow, wide, long))
         raise ValueError(f"{path}: would be {size} m large: correct its spacing")
-    if min(lengths) < SPACING_MM[0] or max(lengths) > SPACING_MM[1]:
-        raise ValueError(f"{path}: its spacing {tuple(lengths.tolist())} mm is none of a CT: correct the header")
     axes, flips = canonical_axes(affine / lengths)
     spacing = tuple(float(lengths[axis]) for axis in axes)
     z, y, x = (shape[axis] for axis in axes)
