@@ -7,11 +7,14 @@ Unlike the official script, which lists the prediction folder, a reference witho
 
 from __future__ import annotations
 
+import multiprocessing
 import os
+import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from functools import partial
@@ -141,12 +144,15 @@ class Settings:
         cases: dict[str, CaseAccuracy] = {}
         errors: dict[str, str] = {}
         try:
-            for case, result in self._results(references, predictions):
-                if isinstance(result, CaseAccuracy):
-                    cases[case] = result
-                else:
-                    errors[case] = result
-        finally:  # what was measured is kept, whatever broke the run off
+            with closing(self._results(references, predictions)) as results:
+                for case, result in results:
+                    if isinstance(result, CaseAccuracy):
+                        cases[case] = result
+                    else:
+                        errors[case] = result
+        finally:  # what was measured is kept, whatever broke the run off, and does not pass for all
+            for case in references.keys() - cases.keys() - errors.keys():
+                errors[case] = f"{references[case]}: not measured, as the run was broken off: run it again"
             write_results(self, [cases[case] for case in references if case in cases], errors)
         extra = sorted(set(predictions) - set(references))
         tell([cases[case] for case in sorted(cases)], errors, extra, self.out)
@@ -154,11 +160,15 @@ class Settings:
 
     def _results(
         self, references: dict[str, Path], predictions: dict[str, Path]
-    ) -> Iterator[tuple[str, CaseAccuracy | str]]:
-        """Each case's row, or the sentence that says why there is none, as they are done."""
+    ) -> Generator[tuple[str, CaseAccuracy | str]]:
+        """Each case's row, or the sentence that says why there is none, as they are done.
+
+        Where it is broken off, so is what its processes are at: it would be measured for nothing.
+        """
         work = partial(measure, tolerance_mm=self.tolerance_mm, ignore_geometry=self.ignore_geometry)
         jobs = min(self.jobs or len(os.sched_getaffinity(0)), len(references))
-        with ProcessPoolExecutor(jobs) as pool:
+        pool = ProcessPoolExecutor(jobs, initializer=leave_signals_to_parent)
+        try:
             futures = {pool.submit(work, predictions.get(case), path): case for case, path in references.items()}
             for future in tqdm(as_completed(futures), total=len(futures), unit="case", disable=None):
                 case = futures[future]
@@ -168,6 +178,18 @@ class Settings:
                     yield case, str(error)
                 except (BrokenProcessPool, MemoryError):
                     yield case, f"{references[case]}: a process ran out of memory: try fewer --jobs"
+        except BaseException:
+            for child in multiprocessing.active_children():
+                child.terminate()
+            raise
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def leave_signals_to_parent() -> None:
+    """In a process of a pool: Ctrl-C in a terminal reaches it too, and it would take that for its case's result."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def write_results(settings: Settings, cases: list[CaseAccuracy], errors: dict[str, str]) -> None:

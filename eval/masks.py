@@ -11,6 +11,7 @@ import nibabel as nib
 import numpy as np
 from nibabel.filebasedimages import ImageFileError
 from nibabel.spatialimages import HeaderDataError
+from nibabel.wrapstruct import WrapStructError
 from numpy.typing import NDArray
 
 UNREADABLE = (
@@ -18,8 +19,10 @@ UNREADABLE = (
     EOFError,
     ValueError,
     zlib.error,
+    OverflowError,
     ImageFileError,
     HeaderDataError,
+    WrapStructError,
 )  # nibabel, of a file
 WHOLE_FLOATS = "stored as floats"  # the one note of a mask that is read as it was meant
 GRID_TOLERANCE_MM = 1e-2  # of any corner of the volume; headers keep float32

@@ -40,7 +40,8 @@ def score(
         return Score(0.0, 0.0)
     dsc = dice(found, true)
     nsd = 0.0 if dsc < LEAST_DSC else surface_dice(found, true, spacing_mm, tolerance_mm)
-    return Score(round(dsc, DECIMALS), round(nsd, DECIMALS))
+    # not Python's round, which looks at the digits beyond a float's: half-way cases differ
+    return Score(float(np.round(dsc, DECIMALS)), float(np.round(nsd, DECIMALS)))
 
 
 def dice(a: NDArray[np.bool_], b: NDArray[np.bool_]) -> float:

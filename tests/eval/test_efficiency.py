@@ -7,16 +7,9 @@ import json
 import logging
 import os
 import shlex
-import signal
-import subprocess
-import sys
-import threading
-import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 
 from eval.containers import Container, LocalCommand, container, run_case
@@ -24,29 +17,9 @@ from eval.docker_client import with_tag
 from eval.efficiency import CaseEfficiency, Measurement, Settings, image_name
 from eval.machine import Gpu
 from eval.sampler import system_readers
+from tests.eval.processes import assert_all_gone, script, write_scans
 
 OFFICIAL_COLUMNS = "Name,Time,MaxGPU_Mem,AUC_GPU_Time,MaxCPU_Utilization,AUC_CPU_Time,MaxRAM,AUC_RAM_Time"
-INTERRUPTS = (signal.SIGINT, signal.SIGTERM)
-# `python -m eval`, even where the tests run in a shell's background job, in which SIGINT is ignored
-INTERRUPTIBLE = (
-    "import runpy, signal; signal.signal(signal.SIGINT, signal.default_int_handler);"
-    "runpy.run_module('eval', run_name='__main__', alter_sys=True)"
-)
-
-
-def write_scans(folder: Path, *cases: str) -> Path:
-    """Files called as scans; local commands here do not look into them."""
-    folder.mkdir()
-    for case in cases:
-        (folder / f"{case}_0000.nii.gz").write_bytes(f"scan {case}".encode())
-    return folder
-
-
-def script(folder: Path, text: str) -> str:
-    """A command line that runs `text` as a shell script, $1 inputs and $2 outputs."""
-    file = folder / "a script.sh"
-    file.write_text(text)
-    return f"sh {shlex.quote(str(file))}"
 
 
 COPY = 'for scan in "$1"/*_0000.nii.gz; do name=$(basename "$scan" _0000.nii.gz); cp "$scan" "$2/$name.nii.gz"; done\n'
@@ -187,103 +160,6 @@ def test_a_command_that_hangs_is_killed_with_its_children(tmp_path: Path, capsys
     assert "ran over 1 s and was killed" in capsys.readouterr().err
     assert "started" in (tmp_path / "out" / "logs" / "a.txt").read_text()
     assert_all_gone(int((tmp_path / "group").read_text()))
-
-
-@pytest.fixture
-def interruptible() -> Iterator[None]:
-    """Both signals raise KeyboardInterrupt; a shell's background job, as which the tests may run, would ignore one."""
-    before = {number: signal.signal(number, signal.default_int_handler) for number in INTERRUPTS}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
-
-
-def wait_for_group(tmp_path: Path) -> int:
-    """The process group that a started script wrote down."""
-    group = tmp_path / "group"
-    while not (group.exists() and group.read_text().endswith("\n")):  # it is there before it is written
-        time.sleep(0.01)
-    return int(group.read_text())
-
-
-@pytest.mark.usefixtures("interruptible")
-@pytest.mark.parametrize("number", INTERRUPTS)
-def test_an_interrupt_ends_what_was_started(tmp_path: Path, number: signal.Signals) -> None:
-    work, scans = tmp_path / "work", write_scans(tmp_path / "inputs", "a")
-    work.mkdir()
-    runner = LocalCommand(tuple(shlex.split(script(tmp_path, f'echo $$ > "{tmp_path}/group"; sleep 600'))), None)
-
-    def interrupt() -> None:
-        wait_for_group(tmp_path)
-        os.kill(os.getpid(), number)
-
-    threading.Thread(target=interrupt, daemon=True).start()
-    with pytest.raises(KeyboardInterrupt):
-        run_case(runner, scans / "a_0000.nii.gz", work, system_readers(None), 60)
-    assert_all_gone(int((tmp_path / "group").read_text()))
-
-
-@pytest.mark.parametrize("number", INTERRUPTS)
-def test_an_interrupted_program_says_so(tmp_path: Path, number: signal.Signals) -> None:
-    write_scans(tmp_path / "inputs", "a")
-    command = script(tmp_path, f'echo $$ > "{tmp_path}/group"; sleep 600')
-    options = ["--inputs", "inputs", "--out", "out", "--cpu-only", "--command", command]
-    program = subprocess.Popen(
-        [sys.executable, "-c", INTERRUPTIBLE, "efficiency", *options],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(Path.cwd())},
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    group = wait_for_group(tmp_path)
-    program.send_signal(number)
-    _, said = program.communicate(timeout=60)
-    assert program.returncode == 130
-    assert said.splitlines()[-1] == "interrupted: results written before are whole"
-    assert "Traceback" not in said
-    assert [path.name for path in (tmp_path / "out").glob(".*")] == []
-    assert_all_gone(group)
-
-
-@pytest.mark.usefixtures("interruptible")
-@pytest.mark.parametrize("number", INTERRUPTS)
-def test_an_interrupt_as_it_starts_leaves_nothing_behind(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
-) -> None:
-    """The child runs, and its parent does not know of it yet."""
-    started = []
-
-    class Interrupted(subprocess.Popen):  # type: ignore[type-arg]
-        def __init__(self, *arguments: Any, **options: Any) -> None:
-            super().__init__(*arguments, **options)
-            started.append(self.pid)
-            os.kill(os.getpid(), number)
-            time.sleep(0.1)  # a signal's handler runs between two steps of Python
-
-    monkeypatch.setattr(subprocess, "Popen", Interrupted)
-    work, scans = tmp_path / "work", write_scans(tmp_path / "inputs", "a")
-    work.mkdir()
-    runner = LocalCommand(tuple(shlex.split(script(tmp_path, "sleep 600"))), None)
-    with pytest.raises(KeyboardInterrupt):
-        run_case(runner, scans / "a_0000.nii.gz", work, system_readers(None), 60)
-    assert len(started) == 1
-    assert_all_gone(started[0])
-    assert signal.getsignal(number) is signal.default_int_handler
-
-
-def assert_all_gone(group: int) -> None:
-    """No process of the group lives on; the kernel may take a moment."""
-    deadline = time.monotonic() + 30
-    while living := [p for p in psutil.process_iter() if _group(p) == group and p.status() != psutil.STATUS_ZOMBIE]:
-        assert time.monotonic() < deadline, living
-        time.sleep(0.05)
-
-
-def _group(process: psutil.Process) -> int:
-    try:
-        return os.getpgid(process.pid)
-    except OSError:
-        return -1
 
 
 def test_a_child_left_behind_does_not_hold_the_case_up(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 from pathlib import Path
 
 import nibabel as nib
@@ -61,7 +62,12 @@ def test_what_cannot_be_read_is_named(tmp_path: Path) -> None:
     write(tmp_path / "flat.nii.gz", np.zeros((4, 4), np.uint8))
     write(tmp_path / "four.nii.gz", np.zeros((4, 4, 2, 2), np.uint8))
     write(tmp_path / "complex.nii.gz", np.zeros((2, 2, 2), np.complex64))
-    for name in ("cut", "text", "flat", "four", "complex", "gone"):
+    (tmp_path / "empty.nii.gz").touch()
+    (tmp_path / "short.nii.gz").write_bytes(gzip.compress(whole.read_bytes()[:100]))
+    infinite = bytearray(gzip.decompress(whole.read_bytes()))
+    infinite[108:112] = np.float32([np.inf]).tobytes()  # where the voxels begin
+    (tmp_path / "infinite.nii.gz").write_bytes(gzip.compress(bytes(infinite)))
+    for name in ("cut", "text", "flat", "four", "complex", "gone", "empty", "short", "infinite"):
         with pytest.raises(ValueError, match=rf"{name}\.nii\.gz: .*: ") as refused:
             read_mask(tmp_path / f"{name}.nii.gz")
         assert "\n" not in str(refused.value)

@@ -76,6 +76,8 @@ def test_nsd_by_hand() -> None:
 def test_rounding_is_to_four_decimals() -> None:
     found = score(line(3, 4, 5), line(4, 5, 6, 7), MM)
     assert all(value == round(value, 4) for value in found)
+    # |A| = |B| = 160, |A∩B| = 37: 0.23125, which NumPy rounds to even and Python up
+    assert score(line(*range(160), length=300), line(*range(123, 283), length=300), MM).dsc == 0.2312
 
 
 def test_detection_by_hand() -> None:
