@@ -127,8 +127,13 @@ def split(folders: tuple[Path, ...], validation: int) -> tuple[list[Entry], list
         held_out += [entry for entry in entries if (entry.patient or entry.name) in kept]
     if not held_out:
         raise ValueError(f"{folders[0]}: one patient cannot be trained and validated on: add scans of others")
-    kept_names, told = {entry.patient or entry.name for entry in held_out}, {entry.patient for entry in held_out}
-    return [e for e in training if (e.patient not in kept_names if e.patient else e.name not in told)], held_out
+    return [entry for entry in training if not any(_same_patient(entry, kept) for kept in held_out)], held_out
+
+
+def _same_patient(one: Entry, other: Entry) -> bool:
+    """Whether `cases.csv` says so of at least one of them."""
+    told = one.patient or other.patient
+    return bool(told) and (one.patient or one.name) == (other.patient or other.name)
 
 
 def refuse(problems: list[str], folder: Path | None = None) -> None:
@@ -140,9 +145,22 @@ def refuse(problems: list[str], folder: Path | None = None) -> None:
 
 def _rows(path: Path, problems: list[str]) -> dict[str, dict[str, str]]:
     """Rows of `cases.csv` by case; none where there is no such file."""
-    if not path.exists():
-        return {}
     rows: dict[str, dict[str, str]] = {}
+    heads, cells = _cells(path) if path.exists() else ([], [])
+    for row in filter(any, cells):
+        told = dict(itertools.zip_longest(heads, map(str.strip, row[: len(heads)]), fillvalue=""))
+        name = told["case"]
+        if len(row) > len(heads):
+            problems.append(f"{name}: {len(row)} cells in its row of cases.csv, which has {len(heads)} columns")
+        elif name in rows:
+            problems.append(f"{name}: twice in cases.csv")
+        else:
+            rows[name] = told
+    return rows
+
+
+def _cells(path: Path) -> tuple[list[str], list[list[str]]]:
+    """Headings, in small letters, and rows of a table. ValueError where it cannot be read, or lacks a column."""
     try:
         text = path.read_text("utf-8-sig")  # as Excel writes it, too
     except UnicodeDecodeError as error:
@@ -156,18 +174,7 @@ def _rows(path: Path, problems: list[str]) -> dict[str, dict[str, str]]:
     if missing:
         columns = ", ".join(COLUMNS)
         raise ValueError(f"{path}: no column {', '.join(missing)}: the columns are {columns}, with commas between them")
-    for row in cells:
-        if not any(row):
-            continue
-        told = dict(itertools.zip_longest(heads, map(str.strip, row[: len(heads)]), fillvalue=""))
-        name = told["case"]
-        if len(row) > len(heads):
-            problems.append(f"{name}: {len(row)} cells in its row of cases.csv, which has {len(heads)} columns")
-        elif name in rows:
-            problems.append(f"{name}: twice in cases.csv")
-        else:
-            rows[name] = told
-    return rows
+    return heads, cells
 
 
 def _entry(folder: Path, name: str, scan: Path, row: dict[str, str] | None) -> Entry:

@@ -140,6 +140,11 @@ class Work:
         self.completed.append(entry.name)
         path.write_bytes(b"completed")
 
+    def cut_off(self, settings: Settings) -> None:
+        """A call that comes to more cases than it is given."""
+        with pytest.raises(CutOffError):
+            pseudo_labels.main(settings)
+
     def again(self, settings: Settings) -> list[str]:
         """The cases that one more call completes."""
         before = len(self.completed)
@@ -183,13 +188,11 @@ def test_settings_that_decide_the_labels_stay_as_they_were(own, tmp_path, monkey
 def test_a_budget_may_change_until_all_is_done_and_all_else_until_something_is(own, tmp_path, monkeypatch) -> None:
     """The first call ends before anything was made, the second with four of six labels."""
     work, settings = Work(monkeypatch, most=0), Settings((own,), tmp_path / "out", folds=2, steps=2, voxel=0.3)
-    with pytest.raises(CutOffError):
-        pseudo_labels.main(settings)
+    work.cut_off(settings)
     with pytest.raises(ValueError, match=r"--folds was 2 and is 3"):
         pseudo_labels.main(replace(settings, folds=3))
     work.most, settings = 4, replace(settings, voxel=0.4)
-    with pytest.raises(CutOffError):
-        pseudo_labels.main(settings)
+    work.cut_off(settings)
     with pytest.raises(ValueError, match=r"--voxel was 0.4 and is 0.3"):
         pseudo_labels.main(replace(settings, voxel=0.3))
     work.most = 6
@@ -200,8 +203,7 @@ def test_a_budget_may_change_until_all_is_done_and_all_else_until_something_is(o
 
 def test_a_network_alone_binds_its_settings(own, tmp_path, monkeypatch) -> None:
     work, settings = Work(monkeypatch, most=0), Settings((own,), tmp_path / "out", folds=2)
-    with pytest.raises(CutOffError):
-        pseudo_labels.main(settings)
+    work.cut_off(settings)
     (tmp_path / "out/fold_0/checkpoint.pt").touch()
     with pytest.raises(ValueError, match="--preset was small and is base"):
         pseudo_labels.main(replace(settings, preset="base"))
@@ -232,8 +234,7 @@ def test_what_older_versions_wrote_is_done_anew_and_what_is_damaged_is_told(own,
 def test_patients_stay_in_their_folds(own, tmp_path, monkeypatch) -> None:
     """Whatever would be drawn now: the recorded folds are changed by hand. Another scan of a patient follows it."""
     work, settings = Work(monkeypatch, most=0), Settings((own,), tmp_path / "out", folds=2)
-    with pytest.raises(CutOffError):
-        pseudo_labels.main(settings)
+    work.cut_off(settings)
     record = tmp_path / "out/folds.json"
     told = json.loads(record.read_text())
     assert told["patients"] == fold_of(read_folder(own), 2, 0)
