@@ -22,11 +22,12 @@ from eval.ranking import (
     Team,
     assemble,
     compare,
+    differences,
     min_ranks,
     parse_weights,
     rank,
-    wilcoxon_p,
 )
+from eval.statistics import wilcoxon_p
 
 OFFICIAL = "Name,Time,MaxGPU_Mem,AUC_GPU_Time,MaxCPU_Utilization,AUC_CPU_Time,MaxRAM,AUC_RAM_Time"
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -185,12 +186,13 @@ def test_pairs_are_scipys_wilcoxon_with_holm_by_metric() -> None:
 
 
 def test_wilcoxon_of_equal_values_and_of_missed_cases() -> None:
-    assert wilcoxon_p(np.array([0.5, 0.7]), np.array([0.5, 0.7])) == 1.0
+    assert wilcoxon_p(differences(np.array([0.5, 0.7]), np.array([0.5, 0.7]))) == 1.0
     # One missed case beside three differences of the same sign: the exact two-sided p of four is 2 / 2^4.
     # A case that both missed is none.
     first = np.array([-1.0, -2.0, -3.0, -9.0, -np.inf])
     second = np.array([-2.0, -4.0, -6.0, -np.inf, -np.inf])
-    assert wilcoxon_p(first, second) == pytest.approx(0.125)
+    assert wilcoxon_p(differences(first, second)) == pytest.approx(0.125)
+    assert differences(np.array([0.8, 0.5]), np.array([0.7, 0.4])).tolist() == [0.1, 0.1]  # as floats 2e-17 apart
 
 
 def test_lower_time_is_better_in_pairs(three: list[str], tmp_path: Path) -> None:

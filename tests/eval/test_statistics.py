@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from eval.statistics import CHUNK_DRAWS, bootstrap_means, holm, spread
+from eval.statistics import CHUNK_DRAWS, EXACT_CASES, bootstrap_means, holm, spread, wilcoxon_p
 
 
 def test_spread_by_hand() -> None:
@@ -97,3 +98,25 @@ def test_holm_with_ties_by_hand() -> None:
 def test_holm_refuses_what_is_no_probability(p: float) -> None:
     with pytest.raises(ValueError, match="between 0 and 1"):
         holm([0.5, p])
+
+
+def test_wilcoxon_with_ties_counts_every_way_to_sign_the_ranks() -> None:
+    """Of 1, −1, 1, 2, 2, 3, by hand: ranks 2, 2, 2, 4.5, 4.5, 6, of which the negative one is 2."""
+    ranks, observed = np.array([2, 2, 2, 4.5, 4.5, 6]), 19.0
+    sums = np.array([ranks @ signs for signs in itertools.product((0, 1), repeat=6)])
+    expected = 2 * (sums >= observed).mean()  # the distribution is symmetric
+    assert wilcoxon_p(np.array([1.0, -1, 1, 2, 2, 3])) == pytest.approx(expected) == 8 / 64
+    assert wilcoxon_p(-np.array([1.0, -1, 1, 2, 2, 3])) == pytest.approx(expected)
+    assert wilcoxon_p(np.array([1.0, -1])) == 1.0
+
+
+@pytest.mark.parametrize("count", [1, 4, 13, EXACT_CASES, EXACT_CASES + 1])
+def test_wilcoxon_without_ties_is_scipys(count: int) -> None:
+    differences = np.random.default_rng(count).normal(0.3, 1, count)
+    assert wilcoxon_p(differences) == pytest.approx(stats.wilcoxon(differences).pvalue)
+
+
+def test_wilcoxon_with_ties_is_scipys_enumeration() -> None:
+    differences = np.random.default_rng(0).choice([-0.2, -0.1, 0.1, 0.2, 0.3], 12)
+    expected = stats.wilcoxon(differences, method=stats.PermutationMethod()).pvalue
+    assert wilcoxon_p(differences) == pytest.approx(expected)
