@@ -13,24 +13,36 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from tyro.extras import subcommand_cli_from_dict
-
-from . import accuracy, efficiency, ranking, report, submission
-
-COMMANDS: dict[str, Callable[..., Any]] = {
-    "accuracy": accuracy.Settings,
-    "efficiency": efficiency.Settings,
-    "rank": ranking.Settings,
-    "report": report.Settings,
-    "submission": submission.Settings,
-}
 INTERRUPTED = 130  # as a shell has it
+ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+def end(_number: int, _frame: Any) -> None:
+    """Raise KeyboardInterrupt, once: it ends what was started, and a second signal must not break that off."""
+    for number in ENDING:
+        signal.signal(number, signal.SIG_IGN)
+    raise KeyboardInterrupt
+
+
+def settings() -> Any:
+    """Of the command that was given, ready to run. Importing all of them takes as long as a short run does."""
+    from tyro.extras import subcommand_cli_from_dict
+
+    from . import accuracy, efficiency, ranking, report, submission
+
+    commands: dict[str, Callable[..., Any]] = {
+        "accuracy": accuracy.Settings,
+        "efficiency": efficiency.Settings,
+        "rank": ranking.Settings,
+        "report": report.Settings,
+        "submission": submission.Settings,
+    }
+    return subcommand_cli_from_dict(commands, prog="python -m eval", description=__doc__)
 
 
 def main() -> int:
-    settings = subcommand_cli_from_dict(COMMANDS, prog="python -m eval", description=__doc__)
     try:
-        return settings.run()
+        return int(settings().run())
     except (ValueError, OSError) as error:
         print(error, file=sys.stderr)
         return 2
@@ -40,9 +52,7 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that what was started ends with it
-    code = main()
-    if code == INTERRUPTED:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, signal.SIG_IGN)  # all has ended: a second one has nothing to say
-    sys.exit(code)
+    for number in ENDING:
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup and a shell's background jobs have it
+            signal.signal(number, end)
+    sys.exit(main())

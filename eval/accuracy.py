@@ -32,6 +32,7 @@ from .scores import TOLERANCE_MM, Score, score
 from .statistics import spread
 
 OFFICIAL_COLUMNS = ("Name", "Lesion_DSC", "Lesion_NSD")
+UNREAD = (".nii", ".mha", ".nrrd")  # what masks are written as, too
 OF_REFERENCE = "reference: "  # begins the notes that are no fault of the prediction
 
 
@@ -136,8 +137,10 @@ class Settings:
     ignore_geometry: bool = False  # compare voxels by index, as the official script does
 
     def run(self) -> int:
-        if not self.tolerance_mm >= 0:
+        if not 0 <= self.tolerance_mm < np.inf:
             raise ValueError(f"--tolerance-mm {self.tolerance_mm}: give a distance of 0 or more")
+        if self.jobs < 0:
+            raise ValueError(f"--jobs {self.jobs}: give 1 or more, or 0 for one a core")
         references = files_by_case(self.references, "reference")
         predictions = files_by_case(self.predictions, "prediction")
         self.out.mkdir(parents=True, exist_ok=True)
@@ -155,7 +158,7 @@ class Settings:
                 errors[case] = f"{references[case]}: not measured, as the run was broken off: run it again"
             write_results(self, [cases[case] for case in references if case in cases], errors)
         extra = sorted(set(predictions) - set(references))
-        tell([cases[case] for case in sorted(cases)], errors, extra, self.out)
+        tell([cases[case] for case in sorted(cases)], errors, extra, self.predictions, self.out)
         return 1 if errors or any(case.costs_points for case in cases.values()) else 0
 
     def _results(
@@ -188,7 +191,8 @@ class Settings:
 
 def leave_signals_to_parent() -> None:
     """In a process of a pool: Ctrl-C in a terminal reaches it too, and it would take that for its case's result."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
@@ -210,13 +214,19 @@ def write_results(settings: Settings, cases: list[CaseAccuracy], errors: dict[st
     write_json(settings.out / "accuracy.json", values)
 
 
-def tell(cases: list[CaseAccuracy], errors: dict[str, str], extra: list[str], out: Path) -> None:
+def of_another_format(predictions: Path, case: CaseAccuracy) -> str:
+    """What a folder holds of a case without a mask, for the end of a sentence; "" where it is nothing."""
+    other = next((name for end in UNREAD if (predictions / (name := f"{case.case}{end}")).is_file()), None)
+    return f" ({other} is there, but graders read {MASK_SUFFIX} alone)" if other else ""
+
+
+def tell(cases: list[CaseAccuracy], errors: dict[str, str], extra: list[str], predictions: Path, out: Path) -> None:
     """Say what was found: figures on stdout, what is amiss on stderr."""
     for sentence in errors.values():
         print(sentence, file=sys.stderr)
     for case in cases:
         if case.missing:
-            print(f"{case.name}: no prediction, counted as 0", file=sys.stderr)
+            print(f"{case.name}: no prediction, counted as 0{of_another_format(predictions, case)}", file=sys.stderr)
         elif case.notes:
             print(f"{case.name}: {'; '.join(case.notes)}", file=sys.stderr)
     for name in extra:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Iterable, Mapping
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,9 @@ def case_of(name: str) -> str:
 
 
 def files_by_case(folder: Path, kind: str) -> dict[str, Path]:
-    """The .nii.gz files of a folder by case, sorted. ValueError where there is none, or two of one case.
+    """The .nii.gz files of a folder by case, sorted.
+
+    ValueError where there is none, two are of one case, or one is no file or called by no text.
 
     kind: what they are, for the message: "scan", "prediction" or "reference".
     """
@@ -29,6 +33,7 @@ def files_by_case(folder: Path, kind: str) -> dict[str, Path]:
     for path in sorted(folder.glob(f"*{MASK_SUFFIX}")):
         if path.name.startswith("."):
             continue
+        check_file(path, kind)
         other = found.setdefault(case_of(path.name), path)
         if other != path:
             raise ValueError(f"{path}: the same case as {other.name}: keep one of them")
@@ -37,25 +42,58 @@ def files_by_case(folder: Path, kind: str) -> dict[str, Path]:
     return found
 
 
+def check_file(path: Path, kind: str) -> None:
+    """ValueError where it is none, or where tables cannot name it."""
+    name = os.fsencode(path).decode(errors="replace")
+    if name != str(path):
+        raise ValueError(f"{name}: its name is not UTF-8: rename the {kind}")
+    if not path.is_file():
+        what = "a folder" if path.is_dir() else "a link to nothing" if path.is_symlink() else "no ordinary file"
+        raise ValueError(f"{path}: is {what}, though called like a {kind}: remove it, or put the {kind} there")
+
+
+@contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """Where to write what `path` shall hold: it is replaced at the end, and stays as it was if that is not reached.
+
+    ValueError where it is there and no file.
+    """
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path}: is no ordinary file: name another to write to")
+    target = path.resolve()  # a link stays one
+    part = target.with_name(f".{target.name}.part")
+    try:
+        yield part
+        part.replace(target)
+    finally:
+        part.unlink(missing_ok=True)
+
+
 def write_table(path: Path, rows: Iterable[Mapping[str, Any]], columns: Iterable[str]) -> None:
-    """Write a CSV with these columns; a value of None becomes an empty field."""
-    with path.open("w", newline="") as file:
+    """Write a CSV with these columns, whole; a value of None becomes an empty field."""
+    with whole(path) as part, part.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, tuple(columns), extrasaction="ignore", lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
 
 
 def read_table(path: Path) -> list[dict[str, str]]:
-    """Read a CSV as one dict a row. ValueError where it cannot be read."""
+    """Read a CSV as one dict a row. ValueError where it cannot be read, or two of its columns have one name."""
     try:
-        with path.open(newline="") as file:
-            return list(csv.DictReader(file))
+        with path.open(newline="", encoding="utf-8-sig") as file:  # spreadsheets begin theirs with a mark
+            table = csv.DictReader(file)
+            rows, columns = list(table), table.fieldnames or ()
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise ValueError(f"{path}: cannot be read as a table ({error}): make it again") from error
+    if len(set(columns)) < len(columns):
+        twice = next(column for column in columns if columns.count(column) > 1)
+        raise ValueError(f"{path}: has two columns {twice}: keep one of them")
+    return rows
 
 
 def write_json(path: Path, values: Any) -> None:
-    path.write_text(json.dumps(values, indent=1) + "\n")
+    with whole(path) as part:
+        part.write_text(json.dumps(values, indent=1) + "\n")
 
 
 def read_json(path: Path) -> Any:

@@ -124,7 +124,8 @@ class Run:
     """What one start left. time_s: wall time around it; mask_s: from the start until the mask was there.
 
     exit_code is for information (the graders ignore it, and podman tells docker's client 0 for every `--rm` run); None
-    where the run was killed. stray: what else lies in outputs. mask: None where none was written.
+    where the run was killed. stray: what else lies in outputs. mask: None where none was written, or where the run was
+    killed: it may be half of one.
     """
 
     command: str
@@ -143,7 +144,7 @@ class Run:
 
     @property
     def status(self) -> str:
-        """done, failed, timeout or no mask. A mask counts whatever the exit code; one of a killed run does not."""
+        """done, failed, timeout or no mask. A mask counts whatever the exit code."""
         if self.timed_out:
             return "timeout"
         if self.mask is not None:
@@ -167,14 +168,15 @@ def run_case(runner: Runner, scan: Path, work: Path, readers: Readers, timeout_s
 
     with Sampler(readers, watch=watch) as sampler:
         exit_code, time_s, output = _execute(runner, runner.argv(inputs, outputs, name), name, timeout_s)
-    written = _is_file(mask)
+    left, killed = _is_file(mask), exit_code is None
+    written = left and not killed
     return Run(
         command=shlex.join(runner.argv(inputs, outputs, name)),
         exit_code=exit_code,
         time_s=time_s,
         mask=mask if written else None,
         mask_s=min([*seen_s, time_s]) if written else None,
-        stray=tuple(name for name in _names(outputs) if not (written and name == mask.name)),
+        stray=tuple(name for name in _names(outputs) if not (left and name == mask.name)),
         samples=tuple(sampler.samples),
         idle_gpu_mib=sampler.idle_gpu_mib,
         output=output,
@@ -259,7 +261,7 @@ def _wait(process: subprocess.Popen[bytes], timeout_s: float, expire: Callable[[
 
 @contextmanager
 def _interrupt_held() -> Iterator[None]:
-    """SIGINT or SIGTERM that comes meanwhile is handled at the end.
+    """SIGINT, SIGTERM or SIGHUP that comes meanwhile is handled at the end.
 
     Their handlers are replaced, not the signals blocked: another thread would take that, and a child would inherit it.
     Only the main thread can, and only there would the handler raise anything.
@@ -267,7 +269,8 @@ def _interrupt_held() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    numbers = [number for number in (signal.SIGINT, signal.SIGTERM) if callable(signal.getsignal(number))]
+    ending = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    numbers = [number for number in ending if callable(signal.getsignal(number))]
     came: list[int] = []
     handlers = {number: signal.signal(number, lambda number, _: came.append(number)) for number in numbers}
     try:

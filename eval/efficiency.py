@@ -14,7 +14,7 @@ import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -133,11 +133,15 @@ class Measurement:
             return f"ran over {self.timeout_s:g} s and was killed"
         return "wrote no mask" if not run.exit_code else f"failed with exit code {run.exit_code} and wrote no mask"
 
-    def prepare(self, cases: Iterable[str]) -> None:
+    def prepare(self, cases: Collection[str]) -> None:
         """Make the folders; what an earlier run left must not pass for this one's. ValueError if it is another's."""
         for folder in (self.out / "masks", self.out / "logs"):
             folder.mkdir(parents=True, exist_ok=True)
+        masks = {self.mask(case).name for case in cases}
         others = [path.name for path in self.out.glob(f"*{OFFICIAL_SUFFIX}") if path.name != self._table]
+        others += [
+            f"masks/{path.name}" for path in (self.out / "masks").glob(f"*{MASK_SUFFIX}") if path.name not in masks
+        ]
         if others:
             raise ValueError(f"{self.out}: holds another run's {others[0]}: give another --out")
         tables = [self.out / name for name in (self._table, "efficiency_details.csv", "efficiency.json")]
@@ -149,17 +153,12 @@ class Measurement:
         return f"{self.name}{OFFICIAL_SUFFIX}"
 
     def write(self) -> None:
-        """Write all cases so far; each file is replaced whole, so that a kill cannot leave half of one."""
+        """Write all cases so far; each file whole, so that a kill cannot leave half of one."""
         official, details = [case.official for case in self.cases], [case.to_dict() for case in self.cases]
         rows = [{**case, "stray": "; ".join(case["stray"])} for case in details]
-        self._replace(self._table, lambda path: write_table(path, official, OFFICIAL_COLUMNS))
-        self._replace("efficiency_details.csv", lambda path: write_table(path, rows, DETAILS))
-        self._replace("efficiency.json", lambda path: write_json(path, {**self._head(), "cases": details}))
-
-    def _replace(self, name: str, write: Callable[[Path], None]) -> None:
-        part = self.out / f".{name}.part"
-        write(part)
-        part.replace(self.out / name)
+        write_table(self.out / self._table, official, OFFICIAL_COLUMNS)
+        write_table(self.out / "efficiency_details.csv", rows, DETAILS)
+        write_json(self.out / "efficiency.json", {**self._head(), "cases": details})
 
     def _head(self) -> dict[str, Any]:
         return {

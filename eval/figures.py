@@ -20,6 +20,7 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, MultipleLocator
 from numpy.typing import NDArray
 
+from .cases import whole
 from .overlays import Overlay
 from .ranking import Board, Ranking, standing
 
@@ -36,6 +37,7 @@ STYLE = {
     "font.family": "sans-serif",
     "font.sans-serif": ["Liberation Sans", "Arial", "Helvetica", "DejaVu Sans"],
     "font.size": 9,
+    "text.parse_math": False,  # a team may have $ in its name
     "text.color": INK,
     "axes.labelcolor": INK,
     "axes.edgecolor": GREY,
@@ -211,7 +213,8 @@ def save_ranking(path: Path, board: Board, ranking: Ranking, weights: Mapping[st
             axes.tick_params(axis="y", length=0)
             axes.spines["left"].set_visible(False)
         figure.legend(*metrics.get_legend_handles_labels(), loc="outside lower center", ncols=5, frameon=False)
-        path.write_bytes(to_png(figure))
+        with whole(path) as part:
+            part.write_bytes(to_png(figure))
 
 
 def _draw_places(axes: Axes, ranking: Ranking, order: Sequence[int]) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .efficiency import CaseEfficiency
-from .masks import GRID_TOLERANCE_MM, UNREADABLE, Mask, grid_distance_mm
+from .masks import FOURTH_AXIS, GRID_TOLERANCE_MM, UNREADABLE, Mask, grid_distance_mm
 from .usage import HARD_STOP_S, MEMORY_LIMIT_MIB, TIME_LIMIT_S
 
 SHOWN = 3  # faults printed of one check; submission.json holds all
@@ -153,7 +153,7 @@ def judge_masks(masks: Mapping[str, Mask | str], grids: Mapping[str, Grid]) -> l
         checks = ("masks can be read", "masks lie on their scan's grid", "labels are 0 and 1", "voxels are integers")
         return [Finding(check, not_checked="there is no mask") for check in checks]
     read = {case: mask for case, mask in masks.items() if isinstance(mask, Mask)}
-    notes = [(case, note) for case, mask in read.items() for note in mask.notes]
+    notes = [(case, note) for case, mask in read.items() for note in mask.notes if note != FOURTH_AXIS]
     apart = ((case, _off_grid(mask, grids[case])) for case, mask in read.items())
     return [
         Finding("masks can be read", tuple(mask for mask in masks.values() if isinstance(mask, str))),
@@ -166,6 +166,8 @@ def judge_masks(masks: Mapping[str, Mask | str], grids: Mapping[str, Grid]) -> l
 def _off_grid(mask: Mask, grid: Grid) -> str:
     if mask.voxels.shape != grid.shape:
         return f"{mask.voxels.shape} voxels, the scan has {grid.shape}"
+    if FOURTH_AXIS in mask.notes:
+        return FOURTH_AXIS
     apart_mm = grid_distance_mm(mask.affine, grid.affine, grid.shape)
     return "" if apart_mm <= GRID_TOLERANCE_MM else f"up to {apart_mm:.2f} mm off the scan's grid"
 

@@ -25,6 +25,7 @@ UNREADABLE = (
     WrapStructError,
 )  # nibabel, of a file
 WHOLE_FLOATS = "stored as floats"  # the one note of a mask that is read as it was meant
+FOURTH_AXIS = "a fourth axis, at which the official script fails"
 GRID_TOLERANCE_MM = 1e-2  # of any corner of the volume; headers keep float32
 
 
@@ -56,24 +57,24 @@ def read_mask(path: Path) -> Mask:
         stored = np.asanyarray(image.dataobj)
     except UNREADABLE as error:
         raise ValueError(f"{path}: cannot be read as a NIfTI mask: write it again") from error
-    if stored.ndim > 3 and all(n == 1 for n in stored.shape[3:]):
-        stored = stored.reshape(stored.shape[:3])
+    shape = stored.shape
+    if len(shape) > 3 and all(n == 1 for n in shape[3:]):
+        stored = stored.reshape(shape[:3])
     if stored.ndim != 3:
         raise ValueError(f"{path}: has the shape {stored.shape}: a mask must have three dimensions")
     if stored.dtype.kind not in "iufb":
         raise ValueError(f"{path}: holds {stored.dtype} voxels: a mask must hold numbers")
     spacing = [float(zoom) for zoom in image.header.get_zooms()[:3]]
-    if not min(spacing) > 0:
-        raise ValueError(f"{path}: its spacing {spacing} mm is not positive: correct the header")
-    return Mask(
-        path, _cast(stored), (spacing[0], spacing[1], spacing[2]), np.asarray(image.affine, float), _notes(stored)
-    )
+    if not all(0 < length < np.inf for length in spacing):
+        raise ValueError(f"{path}: its spacing {spacing} mm is not positive and finite: correct the header")
+    notes = (*((FOURTH_AXIS,) if len(shape) > 3 else ()), *_notes(stored))
+    return Mask(path, _cast(stored), (spacing[0], spacing[1], spacing[2]), np.asarray(image.affine, float), notes)
 
 
 def _cast(stored: NDArray[Any]) -> NDArray[np.uint8]:
-    """Truncation to uint8; NaN counts as 0."""
+    """Truncation to uint8, in which 256 is 0 again and -1 is 255; what is not finite counts as 0."""
     if stored.dtype.kind == "f":
-        stored = np.trunc(np.clip(np.nan_to_num(stored), 0, 255))
+        stored = np.trunc(np.where(np.isfinite(stored), stored, 0)) % 256
     return np.ascontiguousarray(stored.astype(np.uint8))
 
 

@@ -30,12 +30,15 @@ class Overlay:
 
 
 def cut_overlay(prediction: Path, reference: Path, scan: Path | None) -> Overlay:
-    """Cut the slice where the union of both masks is largest. ValueError where a mask cannot be read or both are empty.
+    """Cut the slice where the union of both masks is largest.
 
+    ValueError where a mask cannot be read, both are empty, or the reference's axes have no direction.
     A scan that is not there, cannot be read or has another shape is left out: the masks alone say where they differ.
     """
     found, truth = read_mask(prediction), read_mask(reference)
     check_same_shape(found, truth)
+    if not abs(np.linalg.det(truth.affine)) > 0:
+        raise ValueError(f"{reference}: its affine gives its axes no direction: correct the header")
     first, second = _canonical(truth.voxels, truth.affine) == 1, _canonical(found.voxels, truth.affine) > 0
     area = (first | second).sum(axis=(0, 1))
     if not area.any():

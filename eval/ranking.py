@@ -21,7 +21,17 @@ import tyro
 from numpy.typing import NDArray
 
 from .cases import write_json, write_table
-from .results import ACCURACY, EFFICIENCY, check_folder, find, read_accuracy, read_column, read_efficiency, without_mask
+from .results import (
+    ACCURACY,
+    EFFICIENCY,
+    check_folder,
+    find,
+    not_scored,
+    read_accuracy,
+    read_column,
+    read_efficiency,
+    without_mask,
+)
 from .statistics import bootstrap_means, holm, wilcoxon_p
 
 DIGITS = 9  # values that agree so far are tied; beyond, only the order of summation differs, or a float's last bits
@@ -54,12 +64,14 @@ METRICS = (
 class Team:
     """What a team's tables hold: by metric key, a value a case.
 
-    no_mask: cases of which its JSON files, where it has them, know that there is no mask.
+    no_mask: cases of which its JSON files, where it has them, know that there is no mask; unscored: of which they know
+    that the mask could not be measured.
     """
 
     name: str
     values: Mapping[str, Mapping[str, float]]
     no_mask: frozenset[str] = frozenset()
+    unscored: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -211,7 +223,8 @@ def read_team(name: str, folder: Path, metrics: Sequence[Metric]) -> Team:
                 f"rank without it (--weights {zero})"
             )
         values[metric.key] = read_column(table, metric.column, metric.highest)
-    return Team(name, values, frozenset(without_mask(read_accuracy(folder), read_efficiency(folder))))
+    accuracy, efficiency = read_accuracy(folder), read_efficiency(folder)
+    return Team(name, values, frozenset(without_mask(accuracy, efficiency)), frozenset(not_scored(accuracy)))
 
 
 def without_empty(teams: Sequence[Team], metrics: Sequence[Metric]) -> tuple[list[Metric], list[str]]:
@@ -232,11 +245,13 @@ def remarks(board: Board, teams: Sequence[Team]) -> list[str]:
     """What is uneven between the teams, a sentence each."""
     notes = []
     for t, team in enumerate(board.teams):
-        if missed := board.missed[team]:
-            notes.append(
-                f"{team} has no mask of {_some(missed, len(board.cases))}: DSC and NSD count 0 there, and time and "
-                "area rank behind every team that has one."
-            )
+        missed = board.missed[team]
+        for kept, what in ((False, "has no mask of"), (True, "was not scored, as accuracy.json tells, in")):
+            if some := [case for case in missed if (case in teams[t].unscored) == kept]:
+                notes.append(
+                    f"{team} {what} {_some(some, len(board.cases))}: DSC and NSD count 0 there, and time and area rank "
+                    "behind every team that has one."
+                )
         for m, metric in enumerate(board.metrics):
             absent = [case for c, case in enumerate(board.cases) if np.isnan(board.values[m, c, t])]
             if rest := [case for case in absent if case not in missed]:
@@ -264,6 +279,8 @@ class Settings:
 
     def run(self) -> int:
         folders, weights = parse_teams(self.teams), parse_weights(self.weights)
+        if self.seed < 0:
+            raise ValueError(f"--seed {self.seed}: give 0 or more")
         wanted = [metric for metric in METRICS if weights[metric.key]]
         teams = [read_team(name, folder, wanted) for name, folder in folders.items()]
         metrics, notes = without_empty(teams, wanted)

@@ -18,6 +18,7 @@ import tyro
 from tqdm import tqdm
 
 from . import published
+from .cases import whole
 from .overlays import cut_overlay
 from .report_data import (
     Case,
@@ -71,7 +72,8 @@ class Settings:
         out = self.out or self.folder / REPORT
         out = out / REPORT if out.is_dir() else out
         out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(page, encoding="utf-8")
+        with whole(out) as part:
+            part.write_text(page, encoding="utf-8")
         amiss = sum(case.amiss for case in cases)
         print(f"{out}: {len(cases)} cases, {amiss} with something amiss")
         return 1 if amiss else 0

@@ -11,7 +11,7 @@ from typing import Any
 
 from .cases import MASK_SUFFIX, SCAN_SUFFIX
 from .overlays import image_size
-from .results import DONE, check_folder, has_mask, read_accuracy, read_efficiency
+from .results import DONE, check_folder, read_accuracy, read_efficiency
 
 NONE = "–"
 SHOWN_CASES = 3  # worst, and as many best
@@ -31,7 +31,7 @@ class Run:
     @property
     def measured(self) -> list[dict[str, Any]]:
         """The cases of the efficiency run that ended with a mask: those of the official table."""
-        return [case for case in self.efficiency["cases"] if has_mask(case)] if self.efficiency else []
+        return [case for case in self.efficiency["cases"] if case["status"] == DONE] if self.efficiency else []
 
     @property
     def has_gpu(self) -> bool:

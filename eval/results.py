@@ -40,35 +40,41 @@ def find(folder: Path, subfolder: str, pattern: str) -> Path | None:
 
 def read_accuracy(folder: Path) -> dict[str, Any] | None:
     """accuracy.json of a folder, None where it has none."""
-    return _read(find(folder, ACCURACY, "accuracy.json"), _ACCURACY_KEYS, ACCURACY)
+    return _read(find(folder, ACCURACY, "accuracy.json"), _ACCURACY_KEYS, {"case"}, ACCURACY)
 
 
 def read_efficiency(folder: Path) -> dict[str, Any] | None:
     """efficiency.json of a folder, None where it has none."""
-    return _read(find(folder, EFFICIENCY, "efficiency.json"), _EFFICIENCY_KEYS, EFFICIENCY)
+    return _read(find(folder, EFFICIENCY, "efficiency.json"), _EFFICIENCY_KEYS, {"case", "status"}, EFFICIENCY)
 
 
-def _read(path: Path | None, keys: Iterable[str], command: str) -> dict[str, Any] | None:
+def _read(path: Path | None, keys: Iterable[str], of_case: set[str], command: str) -> dict[str, Any] | None:
+    """The JSON of a command, with at least these keys, and these in each of its cases."""
     if path is None:
         return None
     values = read_json(path)
-    if not isinstance(values, dict) or not set(keys) <= set(values):
+    cases = values["cases"] if _has(values, keys) else None
+    if not isinstance(cases, list) or not all(_has(case, of_case) for case in cases):
         raise ValueError(f"{path}: is not what `python -m eval {command}` writes: make it again")
     return values
 
 
-def has_mask(measured: dict[str, Any]) -> bool:
-    """Whether a case of efficiency.json ended with a mask; the official scripts ignore the container's exit code."""
-    return measured["status"] == DONE or measured.get("mask_s") is not None
+def _has(values: Any, keys: Iterable[str]) -> bool:
+    return isinstance(values, dict) and set(keys) <= set(values)
 
 
 def without_mask(accuracy: dict[str, Any] | None, efficiency: dict[str, Any] | None) -> set[str]:
     """Cases that are known to have no mask."""
     missing = {case_of(name) for name in accuracy["missing"]} if accuracy else set()
     for case in efficiency["cases"] if efficiency else ():
-        if not has_mask(case):
+        if case["status"] != DONE:
             missing.add(case["case"])
     return missing
+
+
+def not_scored(accuracy: dict[str, Any] | None) -> set[str]:
+    """Cases whose mask or reference could not be measured."""
+    return set(accuracy["errors"]) if accuracy else set()
 
 
 def read_column(path: Path, column: str, highest: float = math.inf) -> dict[str, float]:
@@ -80,7 +86,9 @@ def read_column(path: Path, column: str, highest: float = math.inf) -> dict[str,
     seen: set[str] = set()
     for row in read_table(path):
         if row.get("Name") is None or row.get(column) is None:
-            raise ValueError(f"{path}: has no full columns Name and {column}: make the table again")
+            raise ValueError(
+                f"{path}: has no full columns Name and {column}, separated by commas: make the table again"
+            )
         case, field = case_of(row["Name"]), row[column].strip()
         if case in seen:
             raise ValueError(f"{path}: names the case {case} twice: keep one of the rows")

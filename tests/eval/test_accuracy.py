@@ -134,6 +134,14 @@ def test_what_costs_points_is_told_by_the_exit_code(tmp_path: Path, stored: np.n
     assert Settings(predictions, references, out=tmp_path / "out", jobs=1).run() == 0  # the reference's are no fault
 
 
+def test_a_mask_of_another_format_is_told(folders, capsys) -> None:
+    predictions, references, out = folders
+    (predictions / "missing.mha").touch()
+    Settings(predictions, references, out=out, jobs=1).run()
+    said = capsys.readouterr().err
+    assert "missing.nii.gz: no prediction, counted as 0 (missing.mha is there, but graders read .nii.gz alone)" in said
+
+
 @pytest.mark.parametrize(("tolerance_mm", "higher"), [(0.0, False), (50.0, True)])
 def test_the_tolerance_is_a_setting(folders, tolerance_mm, higher) -> None:
     predictions, references, out = folders
@@ -149,6 +157,8 @@ def test_wrong_usage_is_one_sentence(tmp_path: Path, folders) -> None:
         ((tmp_path / "gone", references), "gone: no such folder"),
         ((predictions, tmp_path / "empty"), "empty: holds no reference"),
         ((predictions, references, "--tolerance-mm", -1), "--tolerance-mm -1.0: give a distance"),
+        ((predictions, references, "--tolerance-mm", "inf"), "--tolerance-mm inf: give a distance"),
+        ((predictions, references, "--jobs", -1), "--jobs -1: give 1 or more"),
     ):
         done = run(*arguments)
         assert (done.returncode, done.stdout) == (2, "")

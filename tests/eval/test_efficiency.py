@@ -162,6 +162,14 @@ def test_a_command_that_hangs_is_killed_with_its_children(tmp_path: Path, capsys
     assert_all_gone(int((tmp_path / "group").read_text()))
 
 
+def test_a_mask_of_a_killed_run_does_not_count(tmp_path: Path) -> None:
+    """It may be half of one."""
+    code, result = measure(tmp_path, f"{COPY} sleep 600", "a", timeout_s=1.0)
+    (case,) = result["cases"]
+    assert (code, case["status"], case["mask_s"], case["stray"]) == (1, "timeout", None, [])
+    assert list((tmp_path / "out" / "masks").iterdir()) == []
+
+
 def test_a_child_left_behind_does_not_hold_the_case_up(tmp_path: Path) -> None:
     code, result = measure(tmp_path, f"sleep 600 &\n{COPY}", "a")
     assert (code, result["cases"][0]["status"]) == (0, "done")
@@ -263,6 +271,10 @@ def test_another_runs_results_are_not_mixed_in(tmp_path: Path) -> None:
     measure(tmp_path, COPY, "a", name="one")
     with pytest.raises(ValueError, match=r"another run's one_Efficiency\.csv"):
         Settings(tmp_path / "inputs", tmp_path / "out", command="true", name="two", cpu_only=True).run()
+    fewer = write_scans(tmp_path / "fewer", "b")
+    with pytest.raises(ValueError, match=r"another run's masks/a\.nii\.gz: give another --out"):
+        Settings(fewer, tmp_path / "out", command="true", name="one", cpu_only=True).run()
+    assert (tmp_path / "out" / "masks" / "a.nii.gz").exists()
 
 
 def test_docker_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,7 +23,7 @@ from eval.containers import LocalCommand, run_case
 from eval.sampler import system_readers
 from tests.eval.processes import assert_all_gone, script, wait_for_group, write_scans
 
-INTERRUPTS = (signal.SIGINT, signal.SIGTERM)
+INTERRUPTS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 # `python -m eval`, even where the tests run in a shell's background job, in which SIGINT is ignored
 INTERRUPTIBLE = (
     "import runpy, signal; signal.signal(signal.SIGINT, signal.default_int_handler);"
@@ -44,7 +44,7 @@ def start(folder: Path, *options: object) -> subprocess.Popen[str]:
 
 @pytest.fixture
 def interruptible() -> Iterator[None]:
-    """Both signals raise KeyboardInterrupt; a shell's background job, as which the tests may run, would ignore one."""
+    """The signals raise KeyboardInterrupt; a shell's background job, as which the tests may run, would ignore one."""
     before = {number: signal.signal(number, signal.default_int_handler) for number in INTERRUPTS}
     yield
     for number, handler in before.items():
@@ -69,13 +69,34 @@ def test_an_interrupt_ends_what_was_started(tmp_path: Path, number: signal.Signa
 
 
 @pytest.mark.parametrize("number", INTERRUPTS)
-def test_an_interrupted_program_says_so(tmp_path: Path, number: signal.Signals) -> None:
+def test_an_interrupt_amid_imports_is_one_line(tmp_path: Path, number: signal.Signals) -> None:
+    waiting = "print(flush=True); import time; time.sleep(60)"
+    (tmp_path / "nibabel.py").write_text(waiting)  # which `python -m eval` imports at once
+    program = subprocess.Popen(
+        [sys.executable, "-c", INTERRUPTIBLE, "report", "."],
+        env={**os.environ, "PYTHONPATH": f"{tmp_path}:{Path.cwd()}"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert program.stdout
+    program.stdout.readline()
+    program.send_signal(number)
+    _, said = program.communicate(timeout=60)
+    assert (program.returncode, said) == (130, "interrupted\n")
+
+
+@pytest.mark.parametrize("times", [1, 3])
+@pytest.mark.parametrize("number", INTERRUPTS)
+def test_an_interrupted_program_says_so(tmp_path: Path, number: signal.Signals, times: int) -> None:
     write_scans(tmp_path / "inputs", "a")
     command = script(tmp_path, f'echo $$ > "{tmp_path}/group"; sleep 600')
     options = ["--inputs", "inputs", "--out", "out", "--cpu-only", "--command", command]
     program = start(tmp_path, "efficiency", *options)
     group = wait_for_group(tmp_path)
-    program.send_signal(number)
+    for _ in range(times):
+        program.send_signal(number)
+        time.sleep(0.02)
     _, said = program.communicate(timeout=60)
     assert program.returncode == 130
     assert said.splitlines()[-1] == "interrupted"

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import gzip
+import json
+import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
 import pytest
 
-from eval.cases import case_of, files_by_case
+from eval.cases import case_of, files_by_case, read_table, write_json, write_table
 from eval.masks import check_same_grid, check_same_shape, grid_distance_mm, read_mask
 
 AFFINE = np.array([[0.8, 0, 0.1, -10], [0, -0.8, 0, 20], [0, 0.2, 3, 5], [0, 0, 0, 1.0]])
@@ -39,6 +42,9 @@ def test_fractions_are_cut_off_and_told(tmp_path: Path) -> None:
         ([0, 2, np.nan], np.float32, [0, 2, 0], f"{NO_NUMBERS}; labels above 1 (up to 2); stored as floats"),
         ([0, 1, 300], np.int16, [0, 1, 44], "labels above 1 (up to 300)"),  # 300 − 256, as numpy casts
         ([0, 1, -1], np.int8, [0, 1, 255], "negative labels (down to -1)"),
+        ([1, 256, 301], np.float32, [1, 0, 45], "labels above 1 (up to 301); stored as floats"),
+        ([1, np.inf], np.float32, [1, 0], "labels above 1 (up to inf); stored as floats"),
+        ([1, -1], np.float32, [1, 255], "negative labels (down to -1); stored as floats"),
         ([0, 1, 1], np.int16, [0, 1, 1], ""),
     ],
 )
@@ -53,6 +59,7 @@ def test_spacing_and_a_fourth_axis_of_one(tmp_path: Path) -> None:
     assert mask.voxels.shape == (2, 3, 4)
     assert mask.spacing_mm == (0.5, 0.5, 4)
     assert mask.voxel_ml == pytest.approx(0.001)
+    assert mask.notes == ("a fourth axis, at which the official script fails",)
 
 
 def test_what_cannot_be_read_is_named(tmp_path: Path) -> None:
@@ -67,7 +74,10 @@ def test_what_cannot_be_read_is_named(tmp_path: Path) -> None:
     infinite = bytearray(gzip.decompress(whole.read_bytes()))
     infinite[108:112] = np.float32([np.inf]).tobytes()  # where the voxels begin
     (tmp_path / "infinite.nii.gz").write_bytes(gzip.compress(bytes(infinite)))
-    for name in ("cut", "text", "flat", "four", "complex", "gone", "empty", "short", "infinite"):
+    wide = bytearray(gzip.decompress(whole.read_bytes()))
+    wide[84:88] = np.float32([np.inf]).tobytes()  # pixdim[2], the spacing of j
+    (tmp_path / "wide.nii.gz").write_bytes(gzip.compress(bytes(wide)))
+    for name in ("cut", "text", "flat", "four", "complex", "gone", "empty", "short", "infinite", "wide"):
         with pytest.raises(ValueError, match=rf"{name}\.nii\.gz: .*: ") as refused:
             read_mask(tmp_path / f"{name}.nii.gz")
         assert "\n" not in str(refused.value)
@@ -106,3 +116,51 @@ def test_cases_and_their_files(tmp_path: Path) -> None:
         files_by_case(tmp_path / "empty", "reference")
     with pytest.raises(ValueError, match="no such folder"):
         files_by_case(tmp_path / "gone", "reference")
+
+
+def test_what_is_called_like_a_mask_but_is_none(tmp_path: Path) -> None:
+    for name in ("folder", "link", "bytes"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "folder" / "x.nii.gz").mkdir()
+    (tmp_path / "link" / "x.nii.gz").symlink_to("nowhere")
+    Path(os.fsdecode(bytes(tmp_path / "bytes") + b"/x\xff.nii.gz")).touch()
+    for name, sentence in (
+        ("folder", r"x\.nii\.gz: is a folder, though called like a mask"),
+        ("link", r"x\.nii\.gz: is a link to nothing"),
+        ("bytes", r"x\ufffd\.nii\.gz: its name is not UTF-8: rename the mask"),
+    ):
+        with pytest.raises(ValueError, match=sentence):
+            files_by_case(tmp_path / name, "mask")
+
+
+def test_tables_and_json_are_replaced_whole(tmp_path: Path) -> None:
+    table, values = tmp_path / "a.csv", tmp_path / "a.json"
+    write_table(table, [{"Name": "é"}], ["Name"])
+    write_json(values, [1])
+    before = table.read_bytes(), values.read_bytes()
+
+    def broken() -> Iterator[dict[str, str]]:
+        yield {"Name": "half"}
+        raise OSError("No space left on device")
+
+    with pytest.raises(OSError, match="No space"):
+        write_table(table, broken(), ["Name"])
+    with pytest.raises(TypeError):
+        write_json(values, {"half": 1, "no JSON": object()})
+    assert (table.read_bytes(), values.read_bytes()) == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.csv", "a.json"]
+    assert read_table(table) == [{"Name": "é"}]
+    (tmp_path / "link.json").symlink_to(values)
+    write_json(tmp_path / "link.json", [2])
+    assert (tmp_path / "link.json").is_symlink()
+    assert json.loads(values.read_text()) == [2]
+    with pytest.raises(ValueError, match="/dev/null: is no ordinary file"):
+        write_json(Path("/dev/null"), [2])
+
+
+def test_tables_of_spreadsheets(tmp_path: Path) -> None:
+    (tmp_path / "mark.csv").write_bytes("\ufeffName,Time\nx,1\n".encode())
+    assert read_table(tmp_path / "mark.csv") == [{"Name": "x", "Time": "1"}]
+    (tmp_path / "twice.csv").write_text("Name,Time,Time\nx,1,2\n")
+    with pytest.raises(ValueError, match=r"twice\.csv: has two columns Time"):
+        read_table(tmp_path / "twice.csv")

@@ -78,3 +78,12 @@ def test_limits_are_drawn_into_the_curves() -> None:
     assert (across > 0.3, down > 0.3) == (True, True)
     across, down = lines(figures.curve(samples, False, (45.0, 4096.0), (54.0, 10800.0)))  # the GPU's limit is not RAM's
     assert (across < 0.1, down > 0.3) == (True, True)
+
+
+def test_axes_without_a_direction(tmp_path: Path) -> None:
+    """As headers with an sform of zeros have them."""
+    image = nib.Nifti1Image(np.ones(SHAPE, np.uint8), None)
+    image.header.set_sform(np.zeros((4, 4)), code=1)
+    nib.save(image, tmp_path / "zero.nii.gz")
+    with pytest.raises(ValueError, match=r"zero\.nii\.gz: its affine gives its axes no direction"):
+        cut_overlay(tmp_path / "zero.nii.gz", tmp_path / "zero.nii.gz", None)

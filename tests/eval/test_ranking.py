@@ -236,6 +236,36 @@ def test_a_container_that_fails_at_once_does_not_win_in_time(tmp_path: Path) -> 
     assert (rows["A"]["missed"], code) == ("1", 1)
 
 
+def test_what_could_not_be_scored_is_told_apart_from_what_is_not_there(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_team(tmp_path / "a", {"1": (0.9, 0.9), "2": (0.9, 0.9), "3": (0.9, 0.9)})
+    write_team(tmp_path / "b", {"1": (0.8, 0.8)})
+    head = dict.fromkeys(("predictions", "references", "tolerance_mm", "date", "summary"))
+    told = {**head, "missing": [], "errors": {"2": "2.nii.gz: cannot be read"}, "cases": []}
+    (tmp_path / "b" / "accuracy.json").write_text(json.dumps(told))
+    code, rows = run(tmp_path / "out", f"A={tmp_path / 'a'}", f"B={tmp_path / 'b'}", weights=("time=0", "area=0"))
+    said = capsys.readouterr().err
+    assert "B has no mask of 1 of the 3 cases (3)" in said
+    assert "B was not scored, as accuracy.json tells, in 1 of the 3 cases (2)" in said
+    assert (rows["B"]["missed"], code) == ("2", 1)
+
+
+@pytest.mark.parametrize("cases", [5, [5], [{}], {"1": {}}])
+def test_json_of_another_kind_is_one_sentence(tmp_path: Path, cases: Any) -> None:
+    head = ("predictions", "references", "tolerance_mm", "date", "summary", "missing", "errors")
+    for name in "ab":
+        write_team(tmp_path / name, {"1": (0.9, 0.9)})
+        (tmp_path / name / "accuracy.json").write_text(json.dumps({**{key: [] for key in head}, "cases": cases}))
+    with pytest.raises(ValueError, match=r"accuracy\.json: is not what `python -m eval accuracy` writes"):
+        run(tmp_path / "out", f"A={tmp_path / 'a'}", f"B={tmp_path / 'b'}", weights=("time=0", "area=0"))
+
+
+def test_a_name_that_is_no_formula(three: list[str], tmp_path: Path) -> None:
+    run(tmp_path / "out", three[0].replace("A=", "$A^$_="), *three[1:])
+    assert image.imread(tmp_path / "out" / "ranking.png").any()
+
+
 def test_cases_without_a_row_in_any_accuracy_table_are_left_out(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -256,6 +286,8 @@ def test_accuracy_alone_can_be_ranked(tmp_path: Path) -> None:
     assert (rows["A"]["place"], rows["B"]["place"]) == ("1", "1")
     with pytest.raises(ValueError, match=r"holds no \*_Efficiency.csv.*--weights time=0 area=0"):
         Settings(teams, out=tmp_path / "out").run()
+    with pytest.raises(ValueError, match="--seed -1: give 0 or more"):
+        Settings(teams, out=tmp_path / "out", seed=-1).run()
 
 
 def test_weights_are_read() -> None:
@@ -279,7 +311,7 @@ def test_weights_are_read() -> None:
         (("A=a", "B=percent"), "Lesion_DSC of 1 is 45.2: it must be a number, from 0 to 1"),
         (("A=a", "B=word"), "Time of 1 is fast: it must be a number, 0 or more"),
         (("A=a", "B=twice"), "names the case 1 twice"),
-        (("A=a", "B=other"), "no full columns Name and Lesion_NSD"),
+        (("A=a", "B=other"), "no full columns Name and Lesion_NSD, separated by commas"),
         (("A=a", "B=header"), "holds no case"),
     ],
 )
