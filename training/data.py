@@ -239,8 +239,23 @@ def write_rows(folder: Path, entries: Iterable[Entry]) -> None:
     write_whole(folder / "cases.csv", file.getvalue().encode())
 
 
+def unlisted(scan: Path) -> Path:
+    """Where a scan is written: nothing that reads the folder sees it there.
+
+    Without its row in `cases.csv` a partial label would count as complete, and a patient as another one.
+    """
+    return scan.with_name(f".{scan.name}")
+
+
+def list_scans(folder: Path, entries: Iterable[Entry], new: Iterable[Entry]) -> None:
+    """Write a folder's rows, and then let the scans of new ones be seen: none lacks its row, whenever a kill comes."""
+    write_rows(folder, entries)
+    for entry in new:
+        unlisted(entry.scan).replace(entry.scan)
+
+
 def finished(folder: Path) -> dict[str, Entry]:
-    """By name, the scans that `cases.csv` tells of: what writes a folder adds a row when a scan is whole.
+    """By name, the scans that are there and have a row in `cases.csv`.
 
     ValueError where a row is not as this program writes it.
     """

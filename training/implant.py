@@ -18,7 +18,7 @@ from scipy.ndimage import gaussian_filter
 from tqdm import tqdm
 
 from inference.fusion import bounding_box
-from training.data import Annotated, Case, Entry, load_case, read_folder, refuse_others, write_rows
+from training.data import Annotated, Case, Entry, list_scans, load_case, read_folder, refuse_others, unlisted
 from training.grid import Grid
 from training.lesions import VOLUME_ML, Lesion, draw_volume, lesion_shape, radius_of
 from training.phantom import remove_flare, write_nifti
@@ -54,11 +54,11 @@ def main(settings: Settings) -> None:
 
 
 def write_made(out: Path, made: Iterable[Entry]) -> None:
-    """Keep the row of each case as soon as it is whole."""
+    """Let each case be seen as soon as it is whole."""
     entries: list[Entry] = []
     for entry in made:
         entries.append(entry)
-        write_rows(out, entries)
+        list_scans(out, entries, [entry])
 
 
 def case_name_of(entries: list[Entry], index: int) -> str:
@@ -67,13 +67,13 @@ def case_name_of(entries: list[Entry], index: int) -> str:
 
 
 def make(entries: list[Entry], settings: Settings, index: int) -> Entry:
-    """Write one case; what is known of it."""
+    """Write one case, its scan where it is not seen yet; what is known of it."""
     rng = np.random.default_rng((settings.seed, index))
     case = random_crop(rng, load_case(entries[index % len(entries)]))
     hu, label = implant(rng, case)
     name = case_name_of(entries, index)
     scan, mask = (settings.out / f"{part}.nii.gz" for part in (f"imagesTr/{name}_0000", f"labelsTr/{name}"))
-    write_nifti(hu, case.spacing_mm, scan)
+    write_nifti(hu, case.spacing_mm, unlisted(scan))
     write_nifti(label, case.spacing_mm, mask)
     organs = None
     if case.entry.organs:

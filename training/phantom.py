@@ -27,7 +27,7 @@ from tqdm import tqdm
 from inference.atomic import write_whole
 from training import anatomy, skeleton, thorax, viscera
 from training.anatomy import Patient
-from training.data import Annotated, Entry, finished, refuse_others, write_rows
+from training.data import Annotated, Entry, finished, list_scans, refuse_others, unlisted
 from training.grid import HOST, Array, Axes, Numpy, computer
 from training.lesions import SITE_CODE, Lesion, add_lesions
 from training.scene import Canvas, render
@@ -243,14 +243,20 @@ def _scan(rng: np.random.Generator, canvas: Canvas, scanner: Scanner, patient: P
 
 def write_flare(phantom: Phantom, folder: Path | str, name: str) -> None:
     """Write `imagesTr/NAME_0000.nii.gz` (int16 HU) and `NAME.nii.gz` in labelsTr, completeTr and organsTr (uint8)."""
+    _write(phantom, _files(Path(folder), name))
+
+
+def _write(phantom: Phantom, paths: list[Path]) -> None:
+    """The four of `_files`."""
     arrays = (phantom.hu, phantom.lesions, phantom.lesions, phantom.organs)
-    for path, array in zip(_files(Path(folder), name), arrays, strict=True):
+    for path, array in zip(paths, arrays, strict=True):
         write_nifti(array, phantom.spacing_mm, path)
 
 
 def remove_flare(folder: Path, name: str) -> None:
-    """Take away what `write_flare` wrote, or had begun to write."""
-    for path in _files(folder, name):
+    """Take away what was written of a case, or had begun to be."""
+    files = _files(folder, name)
+    for path in (*files, unlisted(files[0])):
         path.unlink(missing_ok=True)
 
 
@@ -297,7 +303,7 @@ def name_of(seed: int) -> str:
 
 
 def _write_case(seed: int, settings: Settings) -> Entry:
-    """Write one phantom; what is known of it."""
+    """Write one phantom, its scan where it is not seen yet; what is known of it."""
     rng = np.random.default_rng((PHANTOM_VERSION, seed, 7))
     scanner = Scanner.training(rng) if settings.network_grid else None
     chest = settings.chest_share > 0 and rng.random() < settings.chest_share  # without chests, no draw: seeds stay true
@@ -313,8 +319,8 @@ def _write_case(seed: int, settings: Settings) -> Entry:
         on=computer(settings.device),
     )
     name = name_of(seed)
-    write_flare(phantom, settings.out, name)
-    scan, label = (settings.out / f"{place}.nii.gz" for place in (f"imagesTr/{name}_0000", f"labelsTr/{name}"))
+    scan, label, *others = _files(settings.out, name)
+    _write(phantom, [unlisted(scan), label, *others])
     annotated: Annotated = "complete"
     if not phantom.healthy and rng.random() < settings.partial_share:
         site = str(rng.choice(sorted({lesion.site for lesion in phantom.drawn})))
@@ -326,8 +332,8 @@ def _write_case(seed: int, settings: Settings) -> Entry:
 def main(settings: Settings) -> None:
     """Write procedural CTs with lesions as a FLARE folder, and `cases.csv`.
 
-    labelsTr is what annotators left, completeTr all lesions, organsTr the organ of every voxel. A scan has its row,
-    without which a partial label would count as complete, as soon as it is whole. Called again, it makes what has none.
+    labelsTr is what annotators left, completeTr all lesions, organsTr the organ of every voxel. A scan is seen when it
+    is whole and has its row. Called again, it makes those that are not there.
     """
     computer(settings.device)
     if settings.count < 1 or settings.seed < 0 or settings.jobs < 1:
@@ -343,7 +349,7 @@ def main(settings: Settings) -> None:
         with closing(_written(settings, missing)) as written:
             for entry in tqdm(written, total=settings.count, initial=settings.count - len(missing), unit="scan"):
                 done[entry.name] = entry
-                write_rows(settings.out, (done[name] for name in sorted(done)))
+                list_scans(settings.out, (done[name] for name in sorted(done)), [entry])
     finally:
         for seed in missing:
             if name_of(seed) not in done:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
+import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.training.small_scans import a_label, files, write, write_folder
-from training import implant, phantom, pseudo_labels
-from training.data import Entry, link, read_folder
+from training import data, implant, phantom, pseudo_labels
+from training.data import Entry, link, read_folder, unlisted, write_rows
 
 
 @pytest.fixture
@@ -45,11 +49,12 @@ def test_rows_of_other_scans_are_not_lost(folder: Path) -> None:
 
 def write_case(seed: int, settings: phantom.Settings) -> Entry:
     name = phantom.name_of(seed)
-    for place in (f"imagesTr/{name}_0000", f"labelsTr/{name}"):
-        write(settings.out / f"{place}.nii.gz", a_label())
+    scan, label = (settings.out / f"{place}.nii.gz" for place in (f"imagesTr/{name}_0000", f"labelsTr/{name}"))
+    for path in (unlisted(scan), label):
+        write(path, a_label())
     if seed == 7:
         raise KeyboardInterrupt
-    return Entry(name, settings.out / f"imagesTr/{name}_0000.nii.gz", None, None, "partial")
+    return Entry(name, scan, label, None, "partial")
 
 
 @pytest.mark.parametrize("jobs", [1, 2])
@@ -87,6 +92,42 @@ def test_phantoms_go_on_and_lose_none(tmp_path: Path, monkeypatch) -> None:
     phantom.main(phantom.Settings(tmp_path, 2, seed=5))
     assert made == []
     assert files(tmp_path) == before
+
+
+@pytest.mark.parametrize("moment", ["written", "listed"])
+def test_a_killed_run_leaves_no_partial_label_that_passes_for_complete(
+    tmp_path: Path, monkeypatch, moment: str
+) -> None:
+    """Killed where the second scan is written, or its row is: a scan without one would count as complete."""
+    settings = phantom.Settings(tmp_path, 3, seed=1)
+    monkeypatch.setattr(phantom, "_write_case", write_case)
+
+    def killed(*arguments: Any, **settings: Any) -> Any:
+        done = {"written": write_case, "listed": write_rows}[moment](*arguments, **settings)
+        if (tmp_path / "labelsTr" / "phantom_000002.nii.gz").exists():
+            os.kill(os.getpid(), signal.SIGKILL)
+        return done
+
+    def run() -> None:
+        if moment == "written":
+            monkeypatch.setattr(phantom, "_write_case", killed)
+        else:
+            monkeypatch.setattr(data, "write_rows", killed)
+        phantom.main(settings)
+
+    child = multiprocessing.get_context("fork").Process(target=run)
+    child.start()
+    child.join(60)
+    assert child.exitcode == -signal.SIGKILL
+    assert [path.name for path in (tmp_path / "imagesTr").glob("[!.]*")] == ["phantom_000001_0000.nii.gz"]
+    with pytest.raises(
+        ValueError, match=r"phantom_000002(\.nii\.gz: no scan|: in cases\.csv, but imagesTr has no such scan)"
+    ):
+        read_folder(tmp_path)
+    phantom.main(settings)
+    assert [(entry.name, entry.annotated) for entry in read_folder(tmp_path)] == [
+        (f"phantom_{seed:06d}", "partial") for seed in (1, 2, 3)
+    ]
 
 
 @pytest.mark.parametrize("change", [{"partial_share": 1.0}, {"network_grid": True}, {"thinnest_mm": 2.5}])

@@ -25,7 +25,7 @@ from tyro.conf import Positional
 from inference.fusion import bounding_box
 from training import implant
 from training.anatomy import Organ
-from training.data import Entry, write_rows
+from training.data import Entry, list_scans, unlisted
 from training.organs import UNKNOWN
 from training.splits import scans_of
 
@@ -61,7 +61,7 @@ def crop(case: Entry, out: Path, name: str, seed: tuple[int, ...]) -> Entry:
     scan, label = (nib.Nifti1Image.from_filename(path) for path in (case.scan, case.label))
     box = random_box(np.asanyarray(label.dataobj), np.random.default_rng(seed))
     scan_path, label_path = out / PARTS[0] / f"{name}_0000.nii.gz", out / PARTS[1] / f"{name}.nii.gz"
-    nib.save(scan.slicer[box], scan_path)
+    nib.save(scan.slicer[box], unlisted(scan_path))
     nib.save(label.slicer[box], label_path)
     return Entry(name, scan_path, label_path, None, patient=case.name)
 
@@ -81,7 +81,8 @@ def write_crops(cases: list[Entry], out: Path, counts: list[int], seed: int) -> 
     fresh(out)
     wanted = [(case, index, number) for index, case in enumerate(cases) for number in range(counts[index])]
     bar = tqdm(wanted, desc=out.name, unit="crop")
-    write_rows(out, [crop(case, out, f"{case.name}_{n}", (seed, index, n)) for case, index, n in bar])
+    made = [crop(case, out, f"{case.name}_{n}", (seed, index, n)) for case, index, n in bar]
+    list_scans(out, made, made)
 
 
 def write_implants(cases: list[Entry], out: Path, each: int, seed: int) -> None:
@@ -89,7 +90,8 @@ def write_implants(cases: list[Entry], out: Path, each: int, seed: int) -> None:
     fresh(out)
     settings = implant.Settings(Path(), out, each * len(cases), seed)
     bar = tqdm(range(settings.count), desc=out.name, unit="scan")
-    write_rows(out, [implant.make(cases, settings, number) for number in bar])
+    made = [implant.make(cases, settings, number) for number in bar]
+    list_scans(out, made, made)
 
 
 def abdomen_entry(scan: Path, out: Path) -> Entry:
