@@ -103,7 +103,11 @@ def start(settings: Settings) -> Run:
     torch.manual_seed(settings.seed)
     network = channels_last(Hybrid(settings.config))
     if settings.sam_checkpoint:
-        load_sam(network, read_sam(settings.sam_checkpoint))
+        sam = read_sam(settings.sam_checkpoint)
+        try:
+            load_sam(network, sam)
+        except ValueError as error:
+            raise ValueError(f"{settings.sam_checkpoint}: {error}") from error
     if settings.weights:
         load_weights(network, settings.weights)
     task = HybridTask(network, settings.classifier_weight, settings.lesion_weight)

@@ -12,6 +12,7 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
+import torch
 
 from tests.training.small_scans import SHAPE, a_label, files, write, write_folder
 from training import __main__ as command_line
@@ -273,11 +274,17 @@ def test_organs_of_another_code(folder: Path) -> None:
 
 
 def test_files_of_another_kind(folder: Path, tmp_path: Path, random_weights: Path) -> None:
-    wrong = random_weights / "unet.onnx"
-    with pytest.raises(ValueError, match=r"unet.onnx: cannot be read as a checkpoint"):
-        hybrid_training.main(
-            hybrid_training.Settings((folder,), tmp_path / "run", sam_checkpoint=wrong, steps=1, validation=1)
+    wrong, other = random_weights / "unet.onnx", tmp_path / "other.pth"
+    torch.save({"encoder": torch.zeros(1)}, other)
+    for checkpoint, told in (
+        (wrong, r"unet.onnx: cannot be read as a checkpoint"),
+        (other, r"other.pth: encoder has no"),
+    ):
+        settings = hybrid_training.Settings(
+            (folder,), tmp_path / "run", sam_checkpoint=checkpoint, steps=1, validation=1
         )
+        with pytest.raises(ValueError, match=told):
+            hybrid_training.main(settings)
     with pytest.raises(ValueError, match=r"name hybrid.safetensors and unet.onnx"):
         release.main(release.Settings(wrong, wrong, tmp_path / "weights"))
     graph = random_weights / "hybrid.onnx"
