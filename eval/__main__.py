@@ -8,20 +8,13 @@ interrupted.
 
 from __future__ import annotations
 
-import signal
 import sys
 from collections.abc import Callable
 from typing import Any
 
+from .interrupts import ignore, raise_once
+
 INTERRUPTED = 130  # as a shell has it
-ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-
-
-def end(_number: int, _frame: Any) -> None:
-    """Raise KeyboardInterrupt, once: it ends what was started, and a second signal must not break that off."""
-    for number in ENDING:
-        signal.signal(number, signal.SIG_IGN)
-    raise KeyboardInterrupt
 
 
 def settings() -> Any:
@@ -52,7 +45,8 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    for number in ENDING:
-        if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup and a shell's background jobs have it
-            signal.signal(number, end)
-    sys.exit(main())
+    raise_once()
+    code = main()
+    if code == INTERRUPTED:
+        ignore()  # all has ended: another one has nothing to say
+    sys.exit(code)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import signal
 import sys
 from collections.abc import Generator
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -26,12 +25,14 @@ import tyro
 from tqdm import tqdm
 
 from .cases import MASK_SUFFIX, case_of, files_by_case, write_json, write_table
+from .interrupts import held, leave_to_parent
 from .lesions import Detection, detect
 from .masks import WHOLE_FLOATS, Mask, check_same_grid, check_same_shape, read_mask
 from .scores import TOLERANCE_MM, Score, score
 from .statistics import spread
 
 OFFICIAL_COLUMNS = ("Name", "Lesion_DSC", "Lesion_NSD")
+LARGEST_TOLERANCE_MM = 1000.0
 UNREAD = (".nii", ".mha", ".nrrd")  # what masks are written as, too
 OF_REFERENCE = "reference: "  # begins the notes that are no fault of the prediction
 
@@ -137,8 +138,10 @@ class Settings:
     ignore_geometry: bool = False  # compare voxels by index, as the official script does
 
     def run(self) -> int:
-        if not 0 <= self.tolerance_mm < np.inf:
-            raise ValueError(f"--tolerance-mm {self.tolerance_mm}: give a distance of 0 or more")
+        if not 0 <= self.tolerance_mm <= LARGEST_TOLERANCE_MM:
+            raise ValueError(
+                f"--tolerance-mm {self.tolerance_mm:g}: give a distance from 0 to {LARGEST_TOLERANCE_MM:g} mm"
+            )
         if self.jobs < 0:
             raise ValueError(f"--jobs {self.jobs}: give 1 or more, or 0 for one a core")
         references = files_by_case(self.references, "reference")
@@ -170,9 +173,10 @@ class Settings:
         """
         work = partial(measure, tolerance_mm=self.tolerance_mm, ignore_geometry=self.ignore_geometry)
         jobs = min(self.jobs or len(os.sched_getaffinity(0)), len(references))
-        pool = ProcessPoolExecutor(jobs, initializer=leave_signals_to_parent)
+        pool = ProcessPoolExecutor(jobs, initializer=leave_to_parent)
         try:
-            futures = {pool.submit(work, predictions.get(case), path): case for case, path in references.items()}
+            with held():  # amid the start of its threads and processes, an interrupt would leave some behind
+                futures = {pool.submit(work, predictions.get(case), path): case for case, path in references.items()}
             for future in tqdm(as_completed(futures), total=len(futures), unit="case", disable=None):
                 case = futures[future]
                 try:
@@ -183,17 +187,10 @@ class Settings:
                     yield case, f"{references[case]}: a process ran out of memory: try fewer --jobs"
         except BaseException:
             for child in multiprocessing.active_children():
-                child.terminate()
+                child.kill()
             raise
         finally:
             pool.shutdown(cancel_futures=True)
-
-
-def leave_signals_to_parent() -> None:
-    """In a process of a pool: Ctrl-C in a terminal reaches it too, and it would take that for its case's result."""
-    for number in (signal.SIGINT, signal.SIGHUP):
-        signal.signal(number, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def write_results(settings: Settings, cases: list[CaseAccuracy], errors: dict[str, str]) -> None:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -44,26 +44,26 @@ def files_by_case(folder: Path, kind: str) -> dict[str, Path]:
 
 def check_file(path: Path, kind: str) -> None:
     """ValueError where it is none, or where tables cannot name it."""
-    name = os.fsencode(path).decode(errors="replace")
-    if name != str(path):
-        raise ValueError(f"{name}: its name is not UTF-8: rename the {kind}")
+    if printable(path.name) != path.name:
+        raise ValueError(f"{path.parent}: the name {printable(path.name)} is not UTF-8: rename the {kind}")
     if not path.is_file():
         what = "a folder" if path.is_dir() else "a link to nothing" if path.is_symlink() else "no ordinary file"
         raise ValueError(f"{path}: is {what}, though called like a {kind}: remove it, or put the {kind} there")
 
 
-@contextmanager
-def whole(path: Path) -> Iterator[Path]:
-    """Where to write what `path` shall hold: it is replaced at the end, and stays as it was if that is not reached.
+def printable(name: str) -> str:
+    """A file's name as UTF-8, with � in place of what is not."""
+    return os.fsencode(name).decode(errors="replace")
 
-    ValueError where it is there and no file.
-    """
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Replace a file, or leave it as it was where that fails. ValueError where it is there and no file."""
     if path.exists() and not path.is_file():
         raise ValueError(f"{path}: is no ordinary file: name another to write to")
-    target = path.resolve()  # a link stays one
+    target = Path(os.path.realpath(path))  # a link stays one
     part = target.with_name(f".{target.name}.part")
     try:
-        yield part
+        part.write_bytes(content)
         part.replace(target)
     finally:
         part.unlink(missing_ok=True)
@@ -71,29 +71,29 @@ def whole(path: Path) -> Iterator[Path]:
 
 def write_table(path: Path, rows: Iterable[Mapping[str, Any]], columns: Iterable[str]) -> None:
     """Write a CSV with these columns, whole; a value of None becomes an empty field."""
-    with whole(path) as part, part.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, tuple(columns), extrasaction="ignore", lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+    text = io.StringIO()
+    writer = csv.DictWriter(text, tuple(columns), extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_whole(path, text.getvalue().encode())
 
 
-def read_table(path: Path) -> list[dict[str, str]]:
-    """Read a CSV as one dict a row. ValueError where it cannot be read, or two of its columns have one name."""
+def read_table(path: Path, wanted: Iterable[str]) -> list[dict[str, str]]:
+    """Read a CSV as one dict a row. ValueError where it cannot be read, or has two of a wanted column."""
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:  # spreadsheets begin theirs with a mark
             table = csv.DictReader(file)
             rows, columns = list(table), table.fieldnames or ()
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise ValueError(f"{path}: cannot be read as a table ({error}): make it again") from error
-    if len(set(columns)) < len(columns):
-        twice = next(column for column in columns if columns.count(column) > 1)
-        raise ValueError(f"{path}: has two columns {twice}: keep one of them")
+    for column in wanted:
+        if columns.count(column) > 1:
+            raise ValueError(f"{path}: has two columns {column}: keep one of them")
     return rows
 
 
 def write_json(path: Path, values: Any) -> None:
-    with whole(path) as part:
-        part.write_text(json.dumps(values, indent=1) + "\n")
+    write_whole(path, (json.dumps(values, indent=1) + "\n").encode())
 
 
 def read_json(path: Path) -> Any:

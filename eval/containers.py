@@ -12,14 +12,14 @@ import subprocess
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Protocol
 
-from .cases import MASK_SUFFIX, case_of
+from .cases import MASK_SUFFIX, case_of, printable
 from .docker_client import check_docker, docker, image_config, with_tag
+from .interrupts import held, leave_to_main_thread
 from .sampler import Readers, Sample, Sampler
 
 logger = logging.getLogger(__name__)
@@ -204,7 +204,7 @@ def _is_file(path: Path) -> bool:
 
 def _names(outputs: Path) -> list[str]:
     try:
-        return sorted(path.name for path in outputs.iterdir())
+        return sorted(printable(path.name) for path in outputs.iterdir())
     except OSError as error:  # removed, or taken away from us, by what ran
         logger.warning("%s: cannot be listed after the run (%s)", outputs, error.strerror)
         return []
@@ -224,7 +224,7 @@ def _execute(runner: Runner, argv: Sequence[str], name: str, timeout_s: float) -
         end()
 
     try:
-        with _interrupt_held():  # until the process is known, an interrupt would leave it behind
+        with held():  # until the process is known, an interrupt would leave it behind
             process = _start(runner, argv)
         assert process.stdout is not None
         output = _Output(process.stdout)
@@ -248,7 +248,7 @@ def _start(runner: Runner, argv: Sequence[str]) -> subprocess.Popen[bytes]:
 
 def _wait(process: subprocess.Popen[bytes], timeout_s: float, expire: Callable[[], None]) -> float:
     """The moment at which the process has ended; `expire` is called where that takes too long."""
-    timer = threading.Timer(timeout_s, expire)
+    timer = _Alarm(timeout_s, expire)
     try:
         timer.start()
         process.wait()
@@ -257,29 +257,6 @@ def _wait(process: subprocess.Popen[bytes], timeout_s: float, expire: Callable[[
         timer.cancel()
         if timer.is_alive():
             timer.join()
-
-
-@contextmanager
-def _interrupt_held() -> Iterator[None]:
-    """SIGINT, SIGTERM or SIGHUP that comes meanwhile is handled at the end.
-
-    Their handlers are replaced, not the signals blocked: another thread would take that, and a child would inherit it.
-    Only the main thread can, and only there would the handler raise anything.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    ending = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    numbers = [number for number in ending if callable(signal.getsignal(number))]
-    came: list[int] = []
-    handlers = {number: signal.signal(number, lambda number, _: came.append(number)) for number in numbers}
-    try:
-        yield
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-        for held_back in came:
-            signal.raise_signal(held_back)
 
 
 def _end(process: subprocess.Popen[bytes], runner: Runner, name: str) -> None:
@@ -299,6 +276,12 @@ def _kill_group(process: subprocess.Popen[bytes]) -> None:
         return  # all gone
 
 
+class _Alarm(threading.Timer):
+    def run(self) -> None:
+        leave_to_main_thread()
+        super().run()
+
+
 class _Output(threading.Thread):
     """Reads a pipe to its end, and keeps the first and the last part of it."""
 
@@ -309,6 +292,7 @@ class _Output(threading.Thread):
         self.start()
 
     def run(self) -> None:
+        leave_to_main_thread()
         while chunk := os.read(self.pipe.fileno(), 1 << 16):
             self.total += len(chunk)
             room = self.half - len(self.head)

@@ -37,10 +37,20 @@ def check_docker() -> None:
 
 
 def docker(*arguments: str, limit_s: float | None = ANSWER_LIMIT_S) -> Finished:
-    """Run `docker ARGUMENTS`, whatever its exit code. OSError where it does not come back within `limit_s`."""
+    """Run `docker ARGUMENTS`, whatever its exit code. OSError where it does not come back within `limit_s`.
+
+    Ctrl-C in a terminal does not reach it: it may be what ends a container.
+    """
     command = ["docker", *arguments]
     try:
-        return subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, timeout=limit_s, check=False)
+        return subprocess.run(
+            command,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            timeout=limit_s,
+            check=False,
+            start_new_session=True,
+        )
     except subprocess.TimeoutExpired as error:
         raise OSError(f"docker {arguments[0]}: no answer in {limit_s:g} s: start its daemon again") from error
 

@@ -140,7 +140,7 @@ class Measurement:
         masks = {self.mask(case).name for case in cases}
         others = [path.name for path in self.out.glob(f"*{OFFICIAL_SUFFIX}") if path.name != self._table]
         others += [
-            f"masks/{path.name}" for path in (self.out / "masks").glob(f"*{MASK_SUFFIX}") if path.name not in masks
+            f"masks/{path.name}" for path in (self.out / "masks").glob(f"[!.]*{MASK_SUFFIX}") if path.name not in masks
         ]
         if others:
             raise ValueError(f"{self.out}: holds another run's {others[0]}: give another --out")

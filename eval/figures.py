@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from io import BytesIO
-from pathlib import Path
 from typing import Any
 
 import matplotlib
@@ -20,7 +19,6 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, MultipleLocator
 from numpy.typing import NDArray
 
-from .cases import whole
 from .overlays import Overlay
 from .ranking import Board, Ranking, standing
 
@@ -37,7 +35,6 @@ STYLE = {
     "font.family": "sans-serif",
     "font.sans-serif": ["Liberation Sans", "Arial", "Helvetica", "DejaVu Sans"],
     "font.size": 9,
-    "text.parse_math": False,  # a team may have $ in its name
     "text.color": INK,
     "axes.labelcolor": INK,
     "axes.edgecolor": GREY,
@@ -196,8 +193,8 @@ def _scale_bar(axes: Axes, box: tuple[float, float, float]) -> None:
     axes.text(x + 5, y - 0.02 * side, "10 mm", color="white", ha="center", va="bottom", fontsize=7.5)
 
 
-def save_ranking(path: Path, board: Board, ranking: Ranking, weights: Mapping[str, float]) -> None:
-    """Two panels, best team on top: how often each takes each place, and its mean rank in each metric."""
+def places_and_ranks(board: Board, ranking: Ranking, weights: Mapping[str, float]) -> bytes:
+    """Two panels, best team on top: how often each takes each place, and its mean rank in each metric. PNG."""
     order = standing(board, ranking)
     count = len(board.teams)
     with matplotlib.rc_context(STYLE):
@@ -205,7 +202,7 @@ def save_ranking(path: Path, board: Board, ranking: Ranking, weights: Mapping[st
         places, metrics = figure.subplots(1, 2, sharey=True, width_ratios=(1.15, 1))
         _draw_places(places, ranking, order)
         _draw_metric_ranks(metrics, board, ranking, order, weights)
-        places.set_yticks(range(count), [board.teams[t] for t in order])
+        places.set_yticks(range(count), [board.teams[t] for t in order], parse_math=False)  # "$" is no formula
         places.set_ylim(count - 0.4, -0.6)
         for axes in (places, metrics):
             axes.set_xlim(0.4, count + 0.6)
@@ -213,8 +210,7 @@ def save_ranking(path: Path, board: Board, ranking: Ranking, weights: Mapping[st
             axes.tick_params(axis="y", length=0)
             axes.spines["left"].set_visible(False)
         figure.legend(*metrics.get_legend_handles_labels(), loc="outside lower center", ncols=5, frameon=False)
-        with whole(path) as part:
-            part.write_bytes(to_png(figure))
+        return to_png(figure)
 
 
 def _draw_places(axes: Axes, ranking: Ranking, order: Sequence[int]) -> None:

@@ -20,7 +20,7 @@ import numpy as np
 import tyro
 from numpy.typing import NDArray
 
-from .cases import write_json, write_table
+from .cases import printable, write_json, write_table, write_whole
 from .results import (
     ACCURACY,
     EFFICIENCY,
@@ -36,6 +36,7 @@ from .statistics import bootstrap_means, holm, wilcoxon_p
 
 DIGITS = 9  # values that agree so far are tied; beyond, only the order of summation differs, or a float's last bits
 SIGNIFICANT = 0.05
+LARGEST_WEIGHT = 1e6
 
 
 @dataclass(frozen=True)
@@ -186,7 +187,7 @@ def parse_weights(settings: Sequence[str]) -> dict[str, float]:
             weight = float(number)
         except ValueError:
             weight = -1.0
-        if key not in weights or not 0 <= weight < np.inf:
+        if key not in weights or not 0 <= weight <= LARGEST_WEIGHT:
             raise ValueError(f"--weights {setting}: write METRIC=NUMBER, the metric one of {', '.join(weights)}")
         weights[key] = weight
     if not any(weights.values()):
@@ -201,6 +202,8 @@ def parse_teams(settings: Sequence[str]) -> dict[str, Path]:
         name, _, folder = setting.partition("=")
         if not name or not folder:
             raise ValueError(f"{setting}: write TEAM=DIR, a name and the folder of its tables")
+        if printable(name) != name:
+            raise ValueError(f"{printable(setting)}: the team's name is not UTF-8: write it otherwise")
         if name in teams:
             raise ValueError(f"{setting}: the team {name} is named twice: give each team a name of its own")
         teams[name] = Path(folder)
@@ -314,7 +317,7 @@ class Settings:
             "pairs": [{**asdict(pair), "significant": pair.p_holm < SIGNIFICANT} for pair in pairs],
         }
         write_json(self.out / "ranking.json", values)
-        figures.save_ranking(self.out / "ranking.png", board, ranking, weights)
+        write_whole(self.out / "ranking.png", figures.places_and_ranks(board, ranking, weights))
 
 
 def standing(board: Board, ranking: Ranking) -> list[int]:

@@ -18,7 +18,7 @@ import tyro
 from tqdm import tqdm
 
 from . import published
-from .cases import whole
+from .cases import write_whole
 from .overlays import cut_overlay
 from .report_data import (
     Case,
@@ -72,8 +72,7 @@ class Settings:
         out = self.out or self.folder / REPORT
         out = out / REPORT if out.is_dir() else out
         out.parent.mkdir(parents=True, exist_ok=True)
-        with whole(out) as part:
-            part.write_text(page, encoding="utf-8")
+        write_whole(out, page.encode())
         amiss = sum(case.amiss for case in cases)
         print(f"{out}: {len(cases)} cases, {amiss} with something amiss")
         return 1 if amiss else 0

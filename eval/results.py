@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,12 @@ def find(folder: Path, subfolder: str, pattern: str) -> Path | None:
 
 def read_accuracy(folder: Path) -> dict[str, Any] | None:
     """accuracy.json of a folder, None where it has none."""
-    return _read(find(folder, ACCURACY, "accuracy.json"), _ACCURACY_KEYS, {"case"}, ACCURACY)
+    path = find(folder, ACCURACY, "accuracy.json")
+    values = _read(path, _ACCURACY_KEYS, {"case"}, ACCURACY)
+    named = values is None or _is_list(values["missing"], lambda name: isinstance(name, str))
+    if values and not (named and isinstance(values["errors"], dict)):
+        raise _not_written(path, ACCURACY)
+    return values
 
 
 def read_efficiency(folder: Path) -> dict[str, Any] | None:
@@ -53,14 +58,21 @@ def _read(path: Path | None, keys: Iterable[str], of_case: set[str], command: st
     if path is None:
         return None
     values = read_json(path)
-    cases = values["cases"] if _has(values, keys) else None
-    if not isinstance(cases, list) or not all(_has(case, of_case) for case in cases):
-        raise ValueError(f"{path}: is not what `python -m eval {command}` writes: make it again")
+    if not _has(values, keys) or not _is_list(values["cases"], lambda case: _has(case, of_case)):
+        raise _not_written(path, command)
     return values
+
+
+def _not_written(path: Path | None, command: str) -> ValueError:
+    return ValueError(f"{path}: is not what `python -m eval {command}` writes: make it again")
 
 
 def _has(values: Any, keys: Iterable[str]) -> bool:
     return isinstance(values, dict) and set(keys) <= set(values)
+
+
+def _is_list(values: Any, fits: Callable[[Any], bool]) -> bool:
+    return isinstance(values, list) and all(map(fits, values))
 
 
 def without_mask(accuracy: dict[str, Any] | None, efficiency: dict[str, Any] | None) -> set[str]:
@@ -84,7 +96,7 @@ def read_column(path: Path, column: str, highest: float = math.inf) -> dict[str,
     """
     values: dict[str, float] = {}
     seen: set[str] = set()
-    for row in read_table(path):
+    for row in read_table(path, ("Name", column)):
         if row.get("Name") is None or row.get(column) is None:
             raise ValueError(
                 f"{path}: has no full columns Name and {column}, separated by commas: make the table again"

@@ -9,6 +9,7 @@ shared memory, and lists what would cost points. The image stays loaded.
 from __future__ import annotations
 
 import dataclasses
+import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -150,6 +151,7 @@ def find_restriction(trial: Trial) -> list[Finding]:
 def _broken_by(official: Measurement, restricted: Container, label: str, first: CaseEfficiency) -> str:
     """Run the first case restricted; what is different from the official run, or "" where nothing is."""
     again = dataclasses.replace(official, runner=restricted, out=official.out / "restricted" / label, cases=[])
+    shutil.rmtree(again.out, ignore_errors=True)  # of an earlier run, which may have begun with another case
     again.prepare([first.case])
     print(f"{first.name}: once more, restricted ({label})", file=sys.stderr)
     done = again.measure(official.inputs / first.name)

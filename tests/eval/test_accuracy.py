@@ -156,7 +156,7 @@ def test_wrong_usage_is_one_sentence(tmp_path: Path, folders) -> None:
     for arguments, words in (
         ((tmp_path / "gone", references), "gone: no such folder"),
         ((predictions, tmp_path / "empty"), "empty: holds no reference"),
-        ((predictions, references, "--tolerance-mm", -1), "--tolerance-mm -1.0: give a distance"),
+        ((predictions, references, "--tolerance-mm", -1), "--tolerance-mm -1: give a distance from 0 to 1000 mm"),
         ((predictions, references, "--tolerance-mm", "inf"), "--tolerance-mm inf: give a distance"),
         ((predictions, references, "--jobs", -1), "--jobs -1: give 1 or more"),
     ):

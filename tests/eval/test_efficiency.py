@@ -133,9 +133,11 @@ def test_a_command_that_writes_nothing(tmp_path: Path) -> None:
 
 
 def test_stray_outputs_are_named_and_not_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    strays = 'touch "$2/.hidden" "$2/a_prob.nii.gz"; mkdir "$2/folder"; touch "$2/folder/inside"\n'
+    strays = (
+        'touch "$2/.hidden" "$2/a_prob.nii.gz" "$2/x$(printf "\\377")"; mkdir "$2/folder"; touch "$2/folder/inside"\n'
+    )
     _, result = measure(tmp_path, COPY + strays, "a")
-    assert result["cases"][0]["stray"] == [".hidden", "a_prob.nii.gz", "folder"]
+    assert result["cases"][0]["stray"] == [".hidden", "a_prob.nii.gz", "folder", "x\ufffd"]
     assert [path.name for path in (tmp_path / "out" / "masks").iterdir()] == ["a.nii.gz"]
     assert "a_prob.nii.gz" in capsys.readouterr().err
 
@@ -271,6 +273,7 @@ def test_another_runs_results_are_not_mixed_in(tmp_path: Path) -> None:
     measure(tmp_path, COPY, "a", name="one")
     with pytest.raises(ValueError, match=r"another run's one_Efficiency\.csv"):
         Settings(tmp_path / "inputs", tmp_path / "out", command="true", name="two", cpu_only=True).run()
+    (tmp_path / "out" / "masks" / "._a.nii.gz").touch()  # as a Mac leaves it
     fewer = write_scans(tmp_path / "fewer", "b")
     with pytest.raises(ValueError, match=r"another run's masks/a\.nii\.gz: give another --out"):
         Settings(fewer, tmp_path / "out", command="true", name="one", cpu_only=True).run()

@@ -251,12 +251,15 @@ def test_what_could_not_be_scored_is_told_apart_from_what_is_not_there(
     assert (rows["B"]["missed"], code) == ("2", 1)
 
 
-@pytest.mark.parametrize("cases", [5, [5], [{}], {"1": {}}])
-def test_json_of_another_kind_is_one_sentence(tmp_path: Path, cases: Any) -> None:
-    head = ("predictions", "references", "tolerance_mm", "date", "summary", "missing", "errors")
+@pytest.mark.parametrize(
+    "odd", [{"cases": 5}, {"cases": [5]}, {"cases": [{}]}, {"errors": None}, {"missing": 5}, {"missing": [5]}]
+)
+def test_json_of_another_kind_is_one_sentence(tmp_path: Path, odd: dict[str, Any]) -> None:
+    head = dict.fromkeys(("predictions", "references", "tolerance_mm", "date", "summary"))
+    told = {**head, "missing": [], "errors": {}, "cases": [], **odd}
     for name in "ab":
         write_team(tmp_path / name, {"1": (0.9, 0.9)})
-        (tmp_path / name / "accuracy.json").write_text(json.dumps({**{key: [] for key in head}, "cases": cases}))
+        (tmp_path / name / "accuracy.json").write_text(json.dumps(told))
     with pytest.raises(ValueError, match=r"accuracy\.json: is not what `python -m eval accuracy` writes"):
         run(tmp_path / "out", f"A={tmp_path / 'a'}", f"B={tmp_path / 'b'}", weights=("time=0", "area=0"))
 
@@ -292,7 +295,7 @@ def test_accuracy_alone_can_be_ranked(tmp_path: Path) -> None:
 
 def test_weights_are_read() -> None:
     assert parse_weights(("time=0.5", "area=0")) == {"dsc": 1, "nsd": 1, "time": 0.5, "area": 0}
-    for wrong in (("speed=1",), ("dsc",), ("dsc=-1",), ("dsc=nan",), ("dsc=inf",), ("dsc=x",)):
+    for wrong in (("speed=1",), ("dsc",), ("dsc=-1",), ("dsc=nan",), ("dsc=inf",), ("dsc=1e308",), ("dsc=x",)):
         with pytest.raises(ValueError, match="--weights"):
             parse_weights(wrong)
     with pytest.raises(ValueError, match="all are 0"):

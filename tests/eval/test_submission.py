@@ -11,9 +11,9 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from eval.containers import Run
+from eval.containers import Container, Run
 from eval.docker_client import load_archive, loaded_names
-from eval.efficiency import CaseEfficiency
+from eval.efficiency import CaseEfficiency, Measurement
 from eval.findings import (
     Finding,
     device_settings,
@@ -28,7 +28,7 @@ from eval.findings import (
 )
 from eval.masks import Mask, read_mask
 from eval.sampler import Sample
-from eval.submission import MEMORY_CHECK, NETWORK_CHECK, Settings, find_restriction
+from eval.submission import MEMORY_CHECK, NETWORK_CHECK, Settings, find_restriction, judge_restrictions
 from eval.usage import usage_of
 
 AFFINE = np.array([[-0.8, 0, 0, 100], [0, -0.8, 0, 90], [0, 0, 5, -300], [0, 0, 0, 1.0]])
@@ -266,3 +266,23 @@ def test_a_client_that_takes_no_gzip_gets_the_archive_unpacked(tmp_path: Path, m
     archive.write_bytes(b"no archive")
     with pytest.raises(ValueError, match=r"team\.tar\.gz: docker load fails \(no gzip\)"):
         load_archive(archive)
+
+
+def test_restricted_runs_of_another_case_than_last_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where a team mends the case that was the first to be done. The client here copies scans, and runs nothing."""
+    client = tmp_path / "docker"
+    client.write_text(
+        "#!/bin/sh\nfor word; do case $word in */:/workspace/inputs/) from=${word%/:*};; "
+        "*/:/workspace/outputs/) to=${word%/:*};; esac; done\n"
+        'for scan in "$from"/*; do cp "$scan" "$to/$(basename "$scan" _0000.nii.gz).nii.gz"; done\n'
+    )
+    client.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    (tmp_path / "in").mkdir()
+    for name in "ab":
+        save(tmp_path / "in" / f"{name}_0000.nii.gz", np.ones((2, 2, 2), np.uint8))
+    runner = Container("team:latest", None)
+    official = Measurement("team", runner, tmp_path / "in", tmp_path / "out", None, 60)
+    for one in official.run():
+        assert [finding.verdict for finding in judge_restrictions(official, runner, one)] == ["PASS", "PASS"]
+    assert [path.name for path in (tmp_path / "out/restricted/both/masks").iterdir()] == ["b.nii.gz"]
