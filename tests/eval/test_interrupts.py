@@ -24,9 +24,10 @@ from eval.sampler import system_readers
 from tests.eval.processes import assert_all_gone, script, wait_for_group, write_scans
 
 INTERRUPTS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-# `python -m eval`, even where the tests run in a shell's background job, in which SIGINT is ignored
+# `python -m eval`, even where the tests run in a shell's background job or under nohup, in which some are ignored
 INTERRUPTIBLE = (
     "import runpy, signal; signal.signal(signal.SIGINT, signal.default_int_handler);"
+    "signal.signal(signal.SIGHUP, signal.SIG_DFL);"
     "runpy.run_module('eval', run_name='__main__', alter_sys=True)"
 )
 
