@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import select
 import shlex
 import shutil
 import signal
@@ -19,7 +20,7 @@ from typing import IO, Protocol
 
 from .cases import MASK_SUFFIX, case_of, printable
 from .docker_client import check_docker, docker, image_config, with_tag
-from .interrupts import held, leave_to_main_thread
+from .interrupts import held
 from .sampler import Readers, Sample, Sampler
 
 logger = logging.getLogger(__name__)
@@ -27,6 +28,7 @@ logger = logging.getLogger(__name__)
 GRADERS_SHARED_MEMORY = "28gb"
 GRADERS_COMMAND = ("/bin/bash", "-c", "sh predict.sh")
 OUTPUT_LIMIT_BYTES = 1 << 20  # kept of what a case prints: the first and the last half
+LOOK_UP_S = 0.5  # a signal that another thread took does not end the main one's wait: Python handles it afterwards
 CLOSING_LIMIT_S = 10.0  # for the output's pipe, which a process that fled its group may hold open
 
 
@@ -248,12 +250,16 @@ def _start(runner: Runner, argv: Sequence[str]) -> subprocess.Popen[bytes]:
 
 def _wait(process: subprocess.Popen[bytes], timeout_s: float, expire: Callable[[], None]) -> float:
     """The moment at which the process has ended; `expire` is called where that takes too long."""
-    timer = _Alarm(timeout_s, expire)
+    timer, ending = threading.Timer(timeout_s, expire), os.pidfd_open(process.pid)
     try:
         timer.start()
+        while not select.select([ending], [], [], LOOK_UP_S)[0]:
+            pass
+        ended_s = time.monotonic()
         process.wait()
-        return time.monotonic()
+        return ended_s
     finally:
+        os.close(ending)
         timer.cancel()
         if timer.is_alive():
             timer.join()
@@ -276,12 +282,6 @@ def _kill_group(process: subprocess.Popen[bytes]) -> None:
         return  # all gone
 
 
-class _Alarm(threading.Timer):
-    def run(self) -> None:
-        leave_to_main_thread()
-        super().run()
-
-
 class _Output(threading.Thread):
     """Reads a pipe to its end, and keeps the first and the last part of it."""
 
@@ -292,7 +292,6 @@ class _Output(threading.Thread):
         self.start()
 
     def run(self) -> None:
-        leave_to_main_thread()
         while chunk := os.read(self.pipe.fileno(), 1 << 16):
             self.total += len(chunk)
             room = self.half - len(self.head)

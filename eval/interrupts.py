@@ -58,11 +58,6 @@ def held() -> Iterator[None]:
             signal.raise_signal(held_back)
 
 
-def leave_to_main_thread() -> None:
-    """In a thread that helps: what it took would not wake the main one, which waits for a process."""
-    signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
-
-
 def leave_to_parent() -> None:
     """In a process of a pool: Ctrl-C in a terminal reaches it too, and it would take that for its work's result."""
     for number in (signal.SIGINT, signal.SIGHUP):

@@ -16,7 +16,6 @@ from typing import Self
 
 import psutil
 
-from .interrupts import leave_to_main_thread
 from .machine import MIB, Gpu
 
 PERIOD_S = 0.1  # the official script sleeps so long after each query
@@ -102,7 +101,6 @@ class Sampler:
             raise self._error
 
     def _run(self) -> None:
-        leave_to_main_thread()
         try:
             while True:
                 self._sample()
