@@ -2,9 +2,12 @@
 
     python -m benchmarks.ablation --data phantoms --held-out held_out real --unet runs/unet/unet.onnx --minutes 20
 
-Thresholds are chosen on every other held-out patient, figures are those of the rest, folder by folder. A variant that
-is done is not done again. Differences to the full method are means over cases and seeds, with a bootstrap interval over
-cases.
+Held-out patients are halved, folder by folder, and each half is judged at thresholds that were chosen on the other; the
+gate of the slices is chosen on the cases that the training keeps out. A variant that is done is not done again.
+Differences to the full method are means over cases and seeds, with a bootstrap interval over cases.
+
+With `--weights hybrid.safetensors` every variant, the full method too, goes on from a trained network, and what is
+measured is how well training mends the loss of a part: hours less, and kind to the full method.
 """
 
 from __future__ import annotations
@@ -13,20 +16,30 @@ import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
+import matplotlib
 import numpy as np
 from numpy.typing import NDArray
+from safetensors.numpy import load_file, save
 from tqdm import tqdm
 
 from benchmarks.command_line import refuse_unknown, run_main
 from benchmarks.results_file import check_out, write_results
+from inference.atomic import write_whole
+from inference.hybrid.model import Hybrid
 from inference.pipeline import Pipeline
 from training import hybrid_training, release
-from training.calibration import SEARCHED, calibrate_all, choose_slice_gate, predict
-from training.data import Entry, load_case, read_folder
+from training.calibration import calibrate_all, choose_slice_gate, predict, predict_unet
+from training.data import Entry, load_case, read_folder, split
+from training.loop import load_weights
+from training.losses import LESION_WEIGHT
 from training.settings import refuse_less
 from training.sources import by_source, short_names
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
 
 FULL, HEALTHY = "full", "healthy"
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -40,12 +53,14 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "coronal": {"plane": "coronal"},
     "stretch": {"resize": "stretch"},
 }
+COLOURS = {"hybrid": "#e07b39", "fused": "#2a78b5"}  # of the networks that a variant changes
+NETWORKS = tuple(COLOURS)
 RESAMPLINGS = 10_000
 Scores = dict[str, NDArray[np.float64]]
 Figures = dict[str, dict[str, float]]
 Runs = list[Figures]
-RECIPE = ("learning_rate", "crop_share", "crop_stacks", "stacks", "classifier_weight")
-TRAINING = ("data", "minutes", "steps", "validation", *RECIPE)
+RECIPE = ("learning_rate", "crop_share", "crop_stacks", "stacks", "classifier_weight", "lesion_weight", "frozen_norms")
+TRAINING = ("data", "shares", "minutes", "steps", "validation", "validations", *RECIPE)
 
 
 @dataclass(frozen=True)
@@ -57,12 +72,17 @@ class Settings:
     out: Path = Path("benchmarks/results/ablation.json")
     minutes: float = 20.0  # a training
     steps: int = 0  # a training, instead
-    validation: int = 12  # cases kept out of each training
-    learning_rate: float = 2e-3  # this and the next four as in recipes/small.sh
+    shares: tuple[float, ...] = ()  # this and the next two as a training's
+    validation: int = 12
+    validations: int = 7
+    weights: Path | None = None  # hybrid.safetensors for every variant to go on from
+    learning_rate: float = 2e-3  # this and the next six as in recipes/small.sh
     crop_share: float = 0.5
     crop_stacks: int = 6
     stacks: int = 2
     classifier_weight: float = 1.0
+    lesion_weight: float = LESION_WEIGHT
+    frozen_norms: float = 0.0
     seeds: tuple[int, ...] = (0, 1, 2)
     variants: tuple[str, ...] = tuple(VARIANTS)
     partial: Path | None = None  # the same scans with partial labels, as one more variant
@@ -74,7 +94,7 @@ class Settings:
 
 
 def halves(entries: list[Entry]) -> tuple[list[int], list[int]]:
-    """Which cases to choose on and which to judge: the patients of each folder take turns."""
+    """Two halves of the cases, by index: the patients of each folder take turns."""
     of_turn: tuple[list[int], list[int]] = ([], [])
     seen: dict[Path, list[str]] = {}
     for index, entry in enumerate(entries):
@@ -90,6 +110,46 @@ def judged_entries(settings: Settings) -> list[Entry]:
     return [entry for held_out in settings.held_out for entry in read_folder(held_out) if entry.complete]
 
 
+def variants(settings: Settings) -> dict[str, dict[str, Any]]:
+    """What each asked variant changes in a training's settings; the full method first."""
+    wanted = {name: VARIANTS[name] for name in dict.fromkeys((FULL, *settings.variants))}
+    for name, folder in (("partial labels", settings.partial), ("pseudo-completed labels", settings.completed)):
+        if folder:
+            wanted[name] = {"data": (folder,), "shares": ()}
+    return wanted
+
+
+def training_settings(
+    settings: Settings, changes: dict[str, Any], folder: Path, seed: int = 0
+) -> hybrid_training.Settings:
+    own: dict[str, Any] = {name: getattr(settings, name) for name in TRAINING}
+    cache, weights = settings.work / "cache", start_file(settings, changes)
+    return hybrid_training.Settings(
+        **{**own, "out": folder, "cache": cache, "weights": weights, "seed": seed, **changes}
+    )
+
+
+def start_file(settings: Settings, changes: dict[str, Any]) -> Path | None:
+    """What a variant starts from; where windows are of one slice, `one_slice` of it."""
+    if settings.weights is None or changes.get("slices") != 1:
+        return settings.weights
+    path = settings.work / "one_slice.safetensors"
+    write_whole(path, save(one_slice(load_file(settings.weights))))
+    return path
+
+
+def one_slice(state: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+    """Weights of the network for windows of one slice that says of it what `state` says of five times the same slice.
+
+    Kernels (out, in, 3, height, width) across slices become their sums (out, in, 1, height, width). Exact but where
+    convolutions are padded in depth (`planes_kept`).
+    """
+    return {
+        name: value.astype(np.float32).sum(axis=2, keepdims=True) if value.ndim == 5 and value.shape[2] == 3 else value
+        for name, value in state.items()
+    }
+
+
 def check_files(settings: Settings) -> None:
     """ValueError or OSError where a file that is asked for after a training would stop it."""
     release.metadata(settings.unet)
@@ -101,30 +161,54 @@ def check_files(settings: Settings) -> None:
             f"--held-out {' '.join(map(str, settings.held_out))}: one patient at most is annotated completely in each, "
             "but thresholds are chosen on some and judged on others: add scans of others"
         )
+    if settings.weights:
+        for name, changes in variants(settings).items():
+            try:
+                own = training_settings(settings, changes, settings.work)
+                load_weights(Hybrid(own.config), own.weights or settings.weights)
+            except ValueError as error:
+                raise ValueError(
+                    f"--weights: no start for {name!r} ({error}): name others, or other --variants"
+                ) from error
 
 
-def figures(settings: Settings, changes: dict[str, Any], folder: Path, seed: int) -> Figures:
-    """Dice of each judged FOLDER/CASE, by network, and 1 for each `HEALTHY` one; trained unless it was before."""
+def figures(settings: Settings, changes: dict[str, Any], folder: Path, seed: int, said: Path) -> Figures:
+    """Dice of each judged FOLDER/CASE, by network, and 1 for each `HEALTHY` one; trained unless it was before.
+
+    said: see `judge`.
+    """
     done = folder / "figures.json"
     if done.exists():
         return dict(json.loads(done.read_text()))
-    own: dict[str, Any] = {name: getattr(settings, name) for name in TRAINING}
-    cache = settings.work / "cache"
-    hybrid_training.main(hybrid_training.Settings(**{**own, "out": folder, "cache": cache, "seed": seed, **changes}))
+    own = training_settings(settings, changes, folder, seed)
+    hybrid_training.main(own)
     release.main(release.Settings(folder / "hybrid.safetensors", settings.unet, folder / "weights"))
-    pipeline = Pipeline(folder / "weights")
-    entries = judged_entries(settings)
-    chosen_on, judged_on = halves(entries)
-    gate = choose_slice_gate(pipeline, (load_case(entries[i]) for i in chosen_on))
-    cases = [predict(pipeline, load_case(entry)) for entry in tqdm(entries, desc=folder.name, unit="case")]
+    result = judge(Pipeline(folder / "weights"), split(own.data, own.validation)[1], judged_entries(settings), said)
+    write_whole(done, json.dumps(result).encode())
+    return result
+
+
+def judge(pipeline: Pipeline, kept_out: list[Entry], entries: list[Entry], said: Path) -> Figures:
+    """What `figures` gives; the gate of the slices is chosen on the cases that the training kept out.
+
+    said: folder for what the UNet, the same in all variants, says of each entry.
+    """
+    gate, cases = choose_slice_gate(pipeline, map(load_case, kept_out)), []
+    for i, entry in enumerate(tqdm(entries, desc="judged", unit="case")):
+        case, by_unet = load_case(entry), said / f"{i}.npy"
+        if not by_unet.exists():
+            np.save(by_unet, predict_unet(pipeline, case))
+        cases.append(predict(pipeline, case, np.load(by_unet, mmap_mode="r")))
     short = short_names(by_source(entries))
-    judged = {f"{short[entries[i].source]}/{entries[i].name}": cases[i] for i in judged_on}
-    result = {
-        network: {name: case.dice(operating, network) for name, case in judged.items()}
-        for network, (operating, _) in calibrate_all([cases[i] for i in chosen_on], gate).items()
-    }
-    result[HEALTHY] = {name: float(not case.label.any()) for name, case in judged.items()}
-    done.write_text(json.dumps(result))
+    names = [f"{short[entry.source]}/{entry.name}" for entry in entries]
+    result: Figures = {kind: dict.fromkeys(names, 0.0) for kind in NETWORKS}
+    first, second = halves(entries)
+    for chosen_on, judged_on in ((first, second), (second, first)):
+        chosen = calibrate_all([cases[i] for i in chosen_on], gate)
+        for network in NETWORKS:
+            for i in judged_on:
+                result[network][names[i]] = cases[i].dice(chosen[network][0], network)
+    result[HEALTHY] = {name: float(not case.label.any()) for name, case in zip(names, cases, strict=True)}
     return result
 
 
@@ -149,7 +233,7 @@ def row(ours: Scores, full: Scores) -> dict[str, dict[str, float | None]]:
             **compare(ours[network], full[network]),
             "healthy_false_positives": float((ours[network][healthy] == 0).mean()) if healthy.any() else None,
         }
-        for network in SEARCHED
+        for network in NETWORKS
     }
 
 
@@ -160,33 +244,60 @@ def rows(ours: Runs, full: Runs) -> dict[str, dict[str, dict[str, float | None]]
     def of(runs: Runs, folder: str) -> Scores:
         return {
             kind: np.array([[v for name, v in run[kind].items() if name.rpartition("/")[0] == folder] for run in runs])
-            for kind in (*SEARCHED, HEALTHY)
+            for kind in (*NETWORKS, HEALTHY)
         }
 
     return {folder: row(of(ours, folder), of(full, folder)) for folder in folders}
 
 
+def draw(told: dict[str, Any], path: Path) -> None:
+    """Each variant's difference to the full method with its interval, a panel a folder."""
+    names = [name for name in told["variants"] if name != FULL]
+    folders = list(told["variants"][FULL])
+    figure, panels = plt.subplots(
+        1, len(folders), figsize=(4.5 * len(folders), 1.2 + 0.4 * len(names)), layout="constrained", squeeze=False,
+        sharey=True,
+    )  # fmt: skip
+    for panel, folder in zip(panels[0], folders, strict=True):
+        for offset, (network, colour) in zip((-0.12, 0.12), COLOURS.items(), strict=True):
+            rows = [told["variants"][name][folder][network] for name in names]
+            means = np.array([row["difference"] for row in rows])
+            reach = np.abs([[row[end] - row["difference"] for row in rows] for end in ("low", "high")])
+            places = np.arange(len(names)) + offset
+            panel.errorbar(means, places, xerr=reach, fmt="o", color=colour, capsize=3, label=network)
+        panel.axvline(0, color="grey", linewidth=0.8)
+        panel.set(title=folder, xlabel="Dice above (+) or below (−) the full method's")
+        panel.spines[["top", "right"]].set_visible(False)
+    panels[0][0].set_yticks(range(len(names)), names)
+    panels[0][0].invert_yaxis()
+    panels[0][-1].legend(frameon=False)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
 def main(settings: Settings) -> None:
     check_out(settings.out)
+    settings.work.mkdir(parents=True, exist_ok=True)
     check_files(settings)
-    wanted = {name: VARIANTS[name] for name in dict.fromkeys((FULL, *settings.variants))}
-    for name, folder in (("partial labels", settings.partial), ("pseudo-completed labels", settings.completed)):
-        if folder:
-            wanted[name] = {"data": (folder,)}
-    results = {
-        name: [figures(settings, changes, settings.work / f"{name} {seed}", seed) for seed in settings.seeds]
-        for name, changes in wanted.items()
-    }
-    variants = {name: rows(runs, results[FULL]) for name, runs in results.items()}
+    with TemporaryDirectory(dir=settings.work) as said:
+        results = {
+            name: [
+                figures(settings, changes, settings.work / f"{name} {seed}", seed, Path(said))
+                for seed in settings.seeds
+            ]
+            for name, changes in variants(settings).items()
+        }
     told = {
         "minutes": settings.minutes,
         "steps": settings.steps,
         "seeds": len(settings.seeds),
+        "goes_on_from": settings.weights and str(settings.weights),
         "judged_cases": len(results[FULL][0][HEALTHY]),
-        "variants": variants,
+        "variants": {name: rows(runs, results[FULL]) for name, runs in results.items()},
     }
     write_results(settings.out, told)
-    for name, folders in variants.items():
+    draw(told, settings.out.with_suffix(".png"))
+    for name, folders in told["variants"].items():
         for short, networks in folders.items():
             said = (f"{n} {v['dice']:.3f} ({v['low']:+.3f} … {v['high']:+.3f})" for n, v in networks.items())
             print(f"{name}, {short}:", *said)

@@ -157,13 +157,20 @@ def sparse(volume: NDArray[np.float32]) -> SliceSource:
     return plane
 
 
-def predict(pipeline: Pipeline, case: Case) -> Predicted:
-    """Both networks' probabilities, brought to the scan's grid once: the search looks at them hundreds of times."""
+def predict_unet(pipeline: Pipeline, case: Case) -> NDArray[np.float32]:
+    """The UNet's probabilities on the scan's grid (z, y, x)."""
+    source = pipeline.predict_unet(case.hu, case.spacing_mm)
+    return np.stack([source(z) for z in range(len(case.hu))])
+
+
+def predict(pipeline: Pipeline, case: Case, unet: NDArray[np.float32] | None = None) -> Predicted:
+    """Both networks' probabilities, brought to the scan's grid once: the search looks at them hundreds of times.
+
+    unet: what `predict_unet` gives, where it is known already.
+    """
     source, score = pipeline.predict_hybrid(case.hu, case.spacing_mm)
-    hybrid, unet = (
-        np.stack([source(z) for z in range(len(case.hu))])
-        for source in (source, pipeline.predict_unet(case.hu, case.spacing_mm))
-    )
+    hybrid = np.stack([source(z) for z in range(len(case.hu))])
+    unet = predict_unet(pipeline, case) if unet is None else unet
     # no threshold lets another voxel into a mask, so the search need not know what is said of it
     anywhere = (hybrid >= min(VOXEL)) | (unet >= min(VOXEL))
     box = bounding_box(anywhere | (case.label > 0)) or (slice(0, 1),) * 3

@@ -10,13 +10,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from safetensors.numpy import load_file
 
 from benchmarks import ablation
 from inference.hybrid.config import PRESETS, HybridConfig
+from inference.hybrid.model import Hybrid
 from inference.pipeline import Pipeline
 from training import hybrid_training
 from training.__main__ import main
 from training.data import Entry, link, read_folder
+from training.loop import save_weights
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 BUDGET = ["--steps", "2", "--validation", "1", "--validations", "1", "--device", "cpu"]
@@ -82,14 +86,17 @@ def test_ablation_compares_variants_and_does_none_twice(folder, tmp_path, comman
     )  # fmt: skip
     ablation.main(settings)
     told = json.loads((tmp_path / "ablation.json").read_text())
-    assert (told["judged_cases"], list(told["variants"])) == (3, ["full", "one slice"])
+    assert (told["judged_cases"], list(told["variants"])) == (6, ["full", "one slice"])
     full = told["variants"]["full"][folder.name]["fused"]
     assert (full["difference"], full["low"], full["high"]) == (0, 0, 0)
     assert 0 <= full["healthy_false_positives"] <= 1
+    assert (tmp_path / "ablation.png").stat().st_size > 1000
     monkeypatch.setattr(hybrid_training, "main", None)
     ablation.main(settings)
     assert json.loads((tmp_path / "ablation.json").read_text())["variants"] == told["variants"]
+    trained = tmp_path / "work" / "full 0" / "hybrid.safetensors"
     mistakes = (
+        ({"weights": trained, "variants": ("layer norm",)}, ValueError, "no start for 'layer norm'"),
         ({"unet": tmp_path / "gone.onnx"}, OSError, "gone.onnx"),
         ({"partial": tmp_path / "gone"}, ValueError, "gone: no scan"),
         ({"held_out": (one_patient(folder, tmp_path),)}, ValueError, "one: one patient at most"),
@@ -97,6 +104,36 @@ def test_ablation_compares_variants_and_does_none_twice(folder, tmp_path, comman
     for change, kind, told_of in mistakes:  # before anything is trained
         with pytest.raises(kind, match=told_of):
             ablation.main(replace(settings, work=tmp_path / "new", **change))
+
+
+def test_ablation_goes_on_from_weights(folder, tmp_path, command) -> None:
+    """At a rate of zero, what a variant ends with is what it started from."""
+    assert command("unet", "--data", folder, "--out", tmp_path, "--features", 4, "--patch", 16, 32, 32, *BUDGET) == 0
+    weights = tmp_path / "trained.safetensors"
+    save_weights(Hybrid(PRESETS["small"]), weights)
+    settings = ablation.Settings(
+        (folder,), (folder,), tmp_path / "unet.onnx", tmp_path / "work", tmp_path / "ablation.json",
+        steps=1, validation=1, seeds=(0,), variants=("one slice",), weights=weights, learning_rate=0, crop_share=0,
+    )  # fmt: skip
+    ablation.main(settings)
+    assert json.loads((tmp_path / "ablation.json").read_text())["goes_on_from"] == str(weights)
+    before = load_file(weights)
+    after, one = (load_file(tmp_path / "work" / name / "hybrid.safetensors") for name in ("full 0", "one slice 0"))
+    across = "cnn.downs.0.convs.0.0.weight"
+    np.testing.assert_array_equal(after[across], before[across])
+    np.testing.assert_allclose(one[across], before[across].sum(axis=2, keepdims=True), rtol=1e-6)
+
+
+@pytest.mark.parametrize("norm", ["batch", "layer"])
+def test_one_slice_by_itself_as_five_times_the_same(norm) -> None:
+    torch.manual_seed(0)
+    config = HybridConfig(32, 4, 2, 0, cnn_width=4, prompt_dim=16, norm=norm)
+    five, one = Hybrid(config).eval(), Hybrid(replace(config, slices=1)).eval()
+    state = ablation.one_slice({name: value.numpy() for name, value in five.state_dict().items()})
+    one.load_state_dict({name: torch.from_numpy(value) for name, value in state.items()})
+    image = torch.rand(1, 1, 256, 256)
+    with torch.inference_mode():
+        torch.testing.assert_close(one(image), five(image.expand(1, 5, 256, 256)), rtol=1e-4, atol=1e-4)
 
 
 def one_patient(folder: Path, tmp_path: Path) -> Path:
