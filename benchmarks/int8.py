@@ -9,7 +9,6 @@ VNNI needs it. Time and agreement are those of another phantom, by turns.
 from __future__ import annotations
 
 import json
-import platform
 import sys
 import tempfile
 import time
@@ -25,7 +24,6 @@ from tqdm import tqdm
 
 from benchmarks.command_line import run_main
 from benchmarks.results_file import check_out, write_results
-from inference.limits import cores
 from inference.onnx_session import Session
 from inference.unet import GridProbability, UNet
 from inference.weights import find_weights, read_manifest
@@ -125,7 +123,6 @@ def main(settings: Settings) -> None:
     eight.session = Session("UNet in int8", in_eight_bits(content, listening.shown))
     told = {
         "command": "python -m benchmarks.int8",
-        "machine": f"{platform.machine()}, {cores()} cores",
         **compare({"float32": unet, "int8": eight}, phantom(JUDGED), settings.rounds),
     }
     write_results(settings.out, told)

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -138,10 +137,9 @@ def main(settings: Settings) -> None:
         train_and_predict(settings, wanted)
     told = {
         "command": f"python -m benchmarks.nnunet --data DATA --work WORK --minutes {settings.minutes:g}",
-        "machine": f"{platform.machine()}, {len(os.sched_getaffinity(0))} cores, {settings.device}",
         **{name: figures(settings, name) for name in settings.configurations},
     }
-    write_results(settings.out, told)
+    write_results(settings.out, told, settings.device)
     for name in settings.configurations:
         print(name, {key: value for key, value in told[name].items() if key != "cases"})
 

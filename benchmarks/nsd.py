@@ -6,7 +6,6 @@ python -m benchmarks.nsd --out benchmarks/results/nsd.json
 from __future__ import annotations
 
 import json
-import platform
 import sys
 import time
 import warnings
@@ -78,7 +77,6 @@ def main(settings: Settings) -> None:
     pairs = [(timed(surface_dice, *case), timed(peer, *case)) for _ in range(settings.runs)]
     result = {
         "command": "python -m benchmarks.nsd",
-        "machine": f"{platform.machine()}, CPU",
         "shape": SHAPE,
         "ours_s": median(ours for (ours, _), _ in pairs),
         "surface_distance_s": median(theirs for _, (theirs, _) in pairs),

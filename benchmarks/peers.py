@@ -30,7 +30,7 @@ from benchmarks.results_file import check_out, write_results
 from benchmarks.scaling import COUNTING, peak_mib
 from eval.containers import local_command, run_case
 from eval.efficiency import check_timeout
-from eval.machine import describe, find_gpu
+from eval.machine import find_gpu
 from eval.sampler import system_readers
 from eval.usage import area_above, usage_of
 from inference.devices import choose_device
@@ -168,12 +168,11 @@ def main(settings: Settings) -> None:
     told = {
         "command": f"python -m benchmarks.peers --slices {settings.slices} --slow-slices {settings.slow_slices}"
         f" --device {settings.device}",
-        "machine": describe(find_gpu(0) if settings.device == "cuda" else None),
         "continued_from_slices": {name: counts for name, counts in shares.items() if len(counts) == 2},
         "figures": found,
         "times_ours": ratios(found),
     }
-    write_results(settings.out, told)
+    write_results(settings.out, told, settings.device)
 
 
 if __name__ == "__main__":

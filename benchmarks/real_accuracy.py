@@ -1,4 +1,4 @@
-"""How well weights do on the real scans of a `data` folder that nothing is trained or chosen on: each network and both.
+"""How well weights do on real scans of a `data` folder that nothing is trained or calibrated on: each network and both.
 
     python -m benchmarks.real_accuracy --data DATA --out benchmarks/results/real.json
 
@@ -9,7 +9,6 @@ case where its lesions are largest.
 
 from __future__ import annotations
 
-import platform
 import sys
 import tempfile
 from dataclasses import dataclass
@@ -141,7 +140,6 @@ def main(settings: Settings) -> None:
     pipeline = Recorder(settings.weights)
     told: dict[str, Any] = {
         "command": "python -m benchmarks.real_accuracy --data DATA",
-        "machine": f"{platform.machine()}, CPU",
         "hybrid": pipeline.manifest.files["hybrid"]["sha256"],
         "unet": pipeline.manifest.files["unet"]["sha256"],
     }

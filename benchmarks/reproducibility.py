@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -136,7 +135,6 @@ def main(settings: Settings) -> None:
             found[variant] = masks(make, weights, scans, folder / variant)
         told = {
             "command": f"python -m benchmarks.reproducibility --data DATA --cases {settings.cases}",
-            "machine": f"{platform.machine()}, {limits.cores()} cores",
             "scans": len(scans),
             **{
                 variant: compare(scans, found[PLAIN], written) for variant, written in found.items() if variant != PLAIN

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from eval.machine import describe, open_gpu
 from inference.atomic import write_whole
 
 
@@ -21,7 +23,15 @@ def check_out(path: Path) -> None:
         raise ValueError(f"--out {path}: cannot be written: name a file in a folder of yours")
 
 
-def write_results(path: Path, told: dict[str, Any]) -> None:
-    """Write `told`, below the date of today; the file is whole at any moment."""
-    dated = {"date": datetime.now(UTC).date().isoformat(), **told}
+def write_results(path: Path, told: dict[str, Any], device: str = "cpu") -> None:
+    """Write `told`, below the date of today and what the machine is; the file is whole at any moment.
+
+    device: what was measured, "cpu" or "cuda…", whose GPU is then named.
+    """
+    gpu = None
+    if device.startswith("cuda"):
+        with suppress(ValueError):  # which would lose what was measured
+            gpu = open_gpu(int(device.partition(":")[2] or 0))
+    machine = describe(gpu)
+    dated = {"date": datetime.now(UTC).date().isoformat(), "machine": machine, **told}
     write_whole(path, (json.dumps(dated, indent=1) + "\n").encode())

@@ -9,7 +9,6 @@ thinner ones, and the networks' work grows more slowly than their number. Peak m
 from __future__ import annotations
 
 import json
-import platform
 import shutil
 import subprocess
 import sys
@@ -26,7 +25,6 @@ from benchmarks.cold_start import write_scan
 from benchmarks.command_line import run_main
 from benchmarks.kills import command
 from benchmarks.results_file import check_out, write_results
-from inference.limits import cores
 from inference.weights import find_weights
 from training.settings import refuse_less
 
@@ -109,7 +107,6 @@ def main(settings: Settings) -> None:
         found = {"slices": by_slices(settings, Path(folder)), "cases": by_cases(settings, Path(folder))}
     told: dict[str, Any] = {
         "command": "python -m benchmarks.scaling",
-        "machine": f"{platform.machine()}, {cores()} cores, CPU",
         "slices_of_the_cases": min(settings.slices),
         **found,
     }

@@ -9,7 +9,6 @@ last cases' mean peak over that of the first ones after twenty.
 from __future__ import annotations
 
 import json
-import platform
 import subprocess
 import sys
 import tempfile
@@ -134,7 +133,6 @@ def main(settings: Settings) -> None:
         looks = watch(command(scans, out, settings.weights), out, settings.cases)
     told: dict[str, Any] = {
         "command": f"python -m benchmarks.soak --cases {settings.cases}",
-        "machine": f"{platform.machine()}, CPU",
         "cases": settings.cases,
         "seconds": round(time.monotonic() - began, 1),
         **drift(looks, settings.cases),

@@ -10,7 +10,6 @@ form (another network: its planes are kept). Windows go one by one or several at
 from __future__ import annotations
 
 import json
-import platform
 import statistics
 import sys
 import time
@@ -119,7 +118,6 @@ def main(settings: Settings) -> None:
     told: dict[str, Any] = {
         "command": f"python -m benchmarks.stacked --presets {' '.join(settings.presets)} --targets {settings.targets} "
         f"--window-batch {settings.window_batch} --rounds {settings.rounds}",
-        "machine": f"{platform.machine()}, {cores()} cores, CPU",
         "presets": {preset: measure(PRESETS[preset], settings) for preset in settings.presets},
     }
     write_results(settings.out, told)

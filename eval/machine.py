@@ -80,9 +80,11 @@ def describe(gpu: Gpu | None) -> dict[str, Any]:
 
 
 def _cpu_model() -> str:
+    """Its name, and the family and model that tell apart what a virtual machine calls by one name."""
     information = Path("/proc/cpuinfo")
-    if information.is_file():
-        for line in information.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
+    lines = information.read_text().splitlines() if information.is_file() else []
+    first = dict(reversed([(key.strip(), value.strip()) for key, _, value in (line.partition(":") for line in lines)]))
+    if "model name" not in first:
+        return platform.processor() or platform.machine()
+    numbers = [f"{key.removeprefix('cpu ')} {first[key]}" for key in ("cpu family", "model") if key in first]
+    return f"{first['model name']} ({', '.join(numbers)})" if numbers else first["model name"]

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import runpy
 from pathlib import Path
 
 import pytest
 
 from benchmarks.command_line import run_main
+from benchmarks.results_file import write_results
 
 FOLDER = Path(__file__).resolve().parent.parent / "benchmarks"
 ELSEWHERE = "nnunet_"  # run in an environment of their own, with nnU-Net
@@ -110,3 +112,10 @@ def test_an_interrupt_is_one_line(monkeypatch, capsys) -> None:
     monkeypatch.setattr("sys.argv", ["soak"])
     assert run_main(interrupted, None) == 130
     assert capsys.readouterr().err == "interrupted\n"
+
+
+def test_results_name_day_and_machine_even_where_its_gpu_cannot_be_read(tmp_path: Path) -> None:
+    write_results(tmp_path / "told.json", {"seconds": 1.5}, "cuda:99")
+    told = json.loads((tmp_path / "told.json").read_text())
+    assert list(told) == ["date", "machine", "seconds"]
+    assert (told["machine"]["cores"], told["machine"]["gpu"]) == (os.cpu_count(), None)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+import re
 import time
 from collections.abc import Callable
 from itertools import chain, repeat
+from pathlib import Path
 from types import SimpleNamespace
 from typing import TypeVar
 
@@ -141,6 +143,13 @@ def test_without_nvml(caplog: pytest.LogCaptureFixture) -> None:
     with pytest.raises(ValueError, match="GPU 0: NVML cannot read it"):
         find_gpu(0)
     assert describe(None)["gpu"] is None
+
+
+def test_processors_of_one_name_are_told_apart() -> None:
+    family = re.search(r"^cpu family\s*:\s*(\d+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    if family is None:
+        pytest.skip("this processor has no family")
+    assert f"(family {family[1]}, model " in describe(None)["cpu"]
 
 
 @pytest.mark.skipif(not has_nvml(), reason="this machine has no NVML")
