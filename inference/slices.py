@@ -22,6 +22,7 @@ Resize = Literal["stretch", "square"]
 
 TISSUE_WINDOW_HU = (-200.0, 300.0)
 LUNG_WINDOW_HU = (-1300.0, 300.0)
+SLICE_MM = 3.5  # thinner slices are put together to about that, unless a training asks for others
 SQUARE_FIELD_MM = 300.0  # the least field of a `square` slice, so that a limb and an abdomen have like scales
 
 

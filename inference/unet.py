@@ -31,6 +31,7 @@ SMALLEST = 32  # voxels a side: thinner patches than training's would be mostly 
 LIVE_MAPS = 8  # of full resolution, counted in `features` channels, alive at the peak
 EMPTY_HU = -900.0  # a patch with nothing denser than this is air: probability 0, not computed
 Progress = Callable[[int, int], object]
+RunPatch = Callable[[NDArray[np.float32], bool], NDArray[np.float32]]  # HU of a patch, whether it is the last
 
 
 @dataclass(frozen=True)
@@ -153,6 +154,30 @@ def gaussian(patch: tuple[int, ...]) -> NDArray[np.float32]:
     return np.maximum(weights, 1e-3).astype(np.float32)
 
 
+def blend_patches(
+    grid_hu: NDArray[np.float32], config: UNetConfig, run: RunPatch, progress: Progress = lambda *_: None
+) -> NDArray[np.float32]:
+    """Lesion probability on the network's grid (z, y, x) of HU on it, air beyond its far ends."""
+    layout = patch_layout(grid_hu.shape, config)
+    margins = [max(0, axis.side - n) for axis, n in zip(layout, grid_hu.shape, strict=True)]
+    padded = np.pad(grid_hu, [(0, m) for m in margins], constant_values=AIR_HU)
+    total, weight = np.zeros_like(padded), np.zeros_like(padded)
+    blend = gaussian(tuple(axis.side for axis in layout))
+    starts = [axis.starts(n) for axis, n in zip(layout, padded.shape, strict=True)]
+    places = [
+        tuple(slice(start, start + axis.side) for start, axis in zip(corner, layout, strict=True))
+        for corner in itertools.product(*starts)
+    ]
+    for place in places:
+        weight[place] += blend
+    filled = [place for place in places if padded[place].max() > EMPTY_HU]
+    for done, place in enumerate(filled, 1):
+        total[place] += blend * run(padded[place], done == len(filled))
+        progress(done, len(filled))
+    z, y, x = grid_hu.shape
+    return np.ascontiguousarray(np.divide(total, weight, out=total)[:z, :y, :x])
+
+
 @dataclass(frozen=True)
 class GridProbability:
     """Lesion probability on the network's grid, readable slice by slice on the scan's own."""
@@ -213,30 +238,9 @@ class UNet:
         self, hu: NDArray[np.int16], spacing_mm: tuple[float, float, float], progress: Progress, memory_mib: float
     ) -> GridProbability:
         config = patch_within(self.config, memory_mib) if self.session.on_cpu else self.config
-        grid_hu = resample(hu, spacing_mm, config)
-        layout = patch_layout(grid_hu.shape, config)
-        margins = [max(0, axis.side - n) for axis, n in zip(layout, grid_hu.shape, strict=True)]
-        padded = np.pad(grid_hu, [(0, m) for m in margins], constant_values=AIR_HU)
-        blended = self._blend(padded, layout, progress)
-        z, y, x = grid_hu.shape
+        blended = blend_patches(resample(hu, spacing_mm, config), config, self._run, progress)
         shape = (hu.shape[0], hu.shape[1], hu.shape[2])
-        return GridProbability(np.ascontiguousarray(blended[:z, :y, :x]), shape, spacing_mm, config.spacing_mm)
-
-    def _blend(self, grid_hu: NDArray[np.float32], layout: tuple[Axis, ...], progress: Progress) -> NDArray[np.float32]:
-        total, weight = np.zeros_like(grid_hu), np.zeros_like(grid_hu)
-        blend = gaussian(tuple(axis.side for axis in layout))
-        starts = [axis.starts(n) for axis, n in zip(layout, grid_hu.shape, strict=True)]
-        places = [
-            tuple(slice(start, start + axis.side) for start, axis in zip(corner, layout, strict=True))
-            for corner in itertools.product(*starts)
-        ]
-        for place in places:
-            weight[place] += blend
-        filled = [place for place in places if grid_hu[place].max() > EMPTY_HU]
-        for done, place in enumerate(filled, 1):
-            total[place] += blend * self._run(grid_hu[place], last=done == len(filled))
-            progress(done, len(filled))
-        return np.divide(total, weight, out=total)
+        return GridProbability(blended, shape, spacing_mm, config.spacing_mm)
 
     def _run(self, patch_hu: NDArray[np.float32], last: bool) -> NDArray[np.float32]:
         (found,) = self.session.run({"image": channels(patch_hu, self.config)[None]}, last)

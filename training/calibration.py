@@ -33,13 +33,13 @@ from inference.slices import thick_grid, thicken
 from inference.volume import voxel_volume_ml
 from inference.weights import MANIFEST, Gate
 from training.data import Case, Entry, load_case, read_folder, refuse
+from training.hybrid_data import cut_label
 from training.losses import dice
 from training.release import write_manifest
 from training.sources import by_source, short_names
 
 TOLERANCE_MM = 2.0  # of the NSD, as FLARE grades
 WITHHELD = 0.05  # of the slices with a lesion may be taken for free of any
-PER_MILLE = np.int16(1000)  # of a lesion's voxel: how much of a thick slice's voxel is lesion
 HEALTHY_LIMIT = 0.05  # of the healthy cases may have a false positive
 MARGIN = 0.02  # one network must be so much better than both fused to be heard alone: a few dozen cases tell no less
 NEVER = 1.01  # no probability reaches it
@@ -184,12 +184,11 @@ def choose_slice_gate(pipeline: Pipeline, cases: Iterable[Case]) -> Gate:
     A slice holds a lesion where the classifier was taught so: when some of it is left at the network's resolution.
     """
     manifest, reached = pipeline.manifest, list[float]()
+    look = (manifest.plane, manifest.resize, manifest.slice_mm)
     for case in cases:
-        look = (manifest.plane, manifest.resize, manifest.slice_mm)
         grid, step = thick_grid(case.hu.shape, case.spacing_mm, *look)
-        label = thicken(PER_MILLE * (case.label > 0).astype(np.int16), grid.axis, step).astype(np.float32)
-        present = [i for i in range(len(grid)) if (grid.resample(label[grid[i]]) >= PER_MILLE / 2).any()]
-        if present:
+        present = cut_label(case.label > 0, grid, step).any(axis=(1, 2))
+        if present.any():
             hu = thicken(case.hu, grid.axis, step)
             said = predict_slices(pipeline.hybrid, grid, hu, manifest.window_hu)
             reached.extend(said.presence[present])

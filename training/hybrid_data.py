@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from inference.slices import LUNG_WINDOW_HU, TISSUE_WINDOW_HU, Plane, Resize, SliceGrid
+from inference.slices import LUNG_WINDOW_HU, TISSUE_WINDOW_HU, Plane, Resize, SliceGrid, thick_grid, thicken
 from training.augmentation import RandomEnhancement, RandomInPlane, RandomIntensity, RandomNoise
 from training.cache import Arrays, prepare
 from training.data import Case, Entry
@@ -23,6 +23,9 @@ LESION, LESION_FREE, HEALTHY = "lesion", "lesion_free", "healthy"
 SHARES = {LESION: 0.5, LESION_FREE: 0.25, HEALTHY: 0.25}
 LUNG = "lung"  # the lesion type that is also seen in the lung window, which inference never uses
 WINDOWS = {"tissue": TISSUE_WINDOW_HU, LUNG: LUNG_WINDOW_HU}
+PER_MILLE = np.int16(1000)  # of a lesion's voxel: how much of a thick slice's voxel is lesion
+Look = tuple[Plane, Resize, float]  # how a scan is cut into slices: plane, resize and least_mm of `thick_grid`
+ROUNDING = 1e-6  # of an image that was moved: where 1 is, it has 1 − 6e-8
 SHOWN_ANYWAY = 0.5  # of the slices without a lesion: the classifier errs, and then the decoder alone must say no
 
 
@@ -47,27 +50,44 @@ class SliceCase:
         return len(self.label)
 
 
-def cut_case(case: Case, plane: Plane, resize: Resize) -> Arrays:
-    """The images and labels of `SliceCase`."""
-    grid = SliceGrid(case.hu.shape, case.spacing_mm, plane, resize)
+def cut_case(case: Case, look: Look) -> Arrays:
+    """The images and labels of `SliceCase`, slices put together as in use."""
+    grid, step = thick_grid(case.hu.shape, case.spacing_mm, *look)
+    hu = thicken(case.hu, grid.axis, step)
     images = {
-        name: np.rint(grid.cut(case.hu, 0, len(grid), window) * 255).astype(np.uint8)
-        for name, window in WINDOWS.items()
+        name: np.rint(grid.cut(hu, 0, len(grid), window) * 255).astype(np.uint8) for name, window in WINDOWS.items()
     }
-    label = np.stack([grid.resample((case.label[grid[i]] > 0).astype(np.float32)) >= 0.5 for i in range(len(grid))])
-    organs = np.stack([grid.resample_labels(case.organs[grid[i]], beyond(case.organs)) for i in range(len(grid))])
+    label = cut_label(case.label > 0, grid, step)
+    given = thicken(PER_MILLE * (case.label == 1), grid.axis, step)
+    middle = np.minimum(np.arange(len(grid)) * step + step // 2, case.organs.shape[grid.axis] - 1)
+    organs, outside = case.organs.take(middle, grid.axis), beyond(case.organs)
+    organs = np.stack([grid.resample_labels(organs[grid[i]], outside) for i in range(len(grid))])
     lesion_slices = np.flatnonzero(label.any(axis=(1, 2)))
-    given = np.array([(case.label[grid[i]] == 1).any() for i in range(len(grid))])
-    known = given | case.entry.complete
+    known = np.array([given[grid[i]].any() for i in range(len(grid))]) | case.entry.complete
     return {
         **images, "label": label.astype(np.uint8), "organs": organs, "lesion_slices": lesion_slices, "known": known
     }  # fmt: skip
 
 
-def slice_cases(entries: list[Entry], cache: Path, plane: Plane, resize: Resize, jobs: int = 1) -> list[SliceCase]:
+def cut_label(lesion: NDArray[np.bool_], grid: SliceGrid, step: int) -> NDArray[np.bool_]:
+    """Where half or more of a pixel is lesion: (slices, 256, 256) of a scan's (z, y, x).
+
+    grid, step: as `thick_grid` gives them.
+    """
+    per_mille = thicken(PER_MILLE * lesion, grid.axis, step).astype(np.float32)
+    return np.stack([grid.resample(per_mille[grid[i]]) >= PER_MILLE / 2 for i in range(len(grid))])
+
+
+def slice_cases(entries: list[Entry], cache: Path, look: Look, jobs: int = 1) -> list[SliceCase]:
     """Every case in slices, cut once; what the cache holds already is reused."""
-    made = prepare(entries, cache / f"{plane}_{resize}", partial(cut_case, plane=plane, resize=resize), jobs)
+    plane, resize, slice_mm = look
+    made = prepare(entries, cache / f"{plane}_{resize}_{slice_mm:g}mm", partial(cut_case, look=look), jobs)
     return [SliceCase(entry.source, **arrays, lesion_type=entry.lesion_type) for entry, arrays in made]
+
+
+def known_absent(case: SliceCase) -> bool:
+    """Whether an annotator said of one of its slices that it holds no lesion."""
+    return int(case.known.sum()) > int(case.known[case.lesion_slices].sum())
 
 
 def lesion_or_healthy(case: SliceCase) -> bool:
@@ -153,7 +173,8 @@ class StackSampler:
         low, high = window_hu
         hu = self.enhancement.draw(rng)(image * (high - low) + low, organs)
         changed = (self.noise.draw(rng)(hu) - low) / (high - low)
-        return torch.where((image > 0) & (image < 1), changed.clamp(0, 1), image)
+        cut_off = (image <= 0) | (image >= 1 - ROUNDING)
+        return torch.where(cut_off, image, changed.clamp(0, 1))
 
     def _crop(self, rng: np.random.Generator, stack: Stacks, side: int) -> Stacks:
         image, label = stack.image, stack.label

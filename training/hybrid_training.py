@@ -9,6 +9,7 @@ each slice is encoded once; averaged weights; positive prompts for some slices w
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, cast
@@ -20,9 +21,9 @@ from torch import Tensor
 from inference.hybrid.config import IMAGE_SIZE, PRESETS, HybridConfig, Norm
 from inference.hybrid.model import Hybrid, channels_last
 from inference.hybrid.torch_engine import run_stack
-from inference.slices import Plane, Resize
+from inference.slices import SLICE_MM, Plane, Resize
 from training.data import split
-from training.hybrid_data import SliceCase, Stacks, StackSampler, slice_cases
+from training.hybrid_data import Look, SliceCase, Stacks, StackSampler, known_absent, slice_cases
 from training.loop import Common, Run, Task, load_weights, save_weights, train
 from training.losses import CLASSIFIER_WEIGHT, annealed_weight, dice, hybrid_loss, mask_loss
 from training.organs import OrganHeads
@@ -32,6 +33,10 @@ from training.sources import scores_by_source
 from training.unet import CONFIG
 
 VALIDATION_STACK = 16  # slices
+NEVER_ABSENT = (
+    "no slice is known to hold no lesion: the classifier will find one in every slice and the gate withhold nothing: "
+    "add healthy or completely annotated scans, or give --no-gate"
+)
 CROP_STEP = 16  # pixels, which the CNN halves four times
 
 
@@ -46,6 +51,7 @@ class Settings(Common):
     norm: Norm | None = None  # of the CNN, instead of the preset's
     plane: Plane = "axial"
     resize: Resize = "square"
+    slice_mm: float = SLICE_MM  # thinner slices are put together to about that, in training as in use; 0: none are
     stacks: int = 4  # a batch is stacks × targets windows
     targets: int = 4
     crop_share: float = 0.0  # of the budget, at first: the CNN alone on crops around lesions, many times as fast
@@ -60,9 +66,13 @@ class Settings(Common):
         if min(self.stacks, self.targets, self.crop_stacks) < 1:
             raise ValueError("--stacks, --targets and --crop-stacks must be 1 or more")
         refuse_beyond(self, ("crop_share",))
-        refuse_less(self, {"classifier_weight": 0})
+        refuse_less(self, {"classifier_weight": 0, "slice_mm": 0})
         if self.crop % CROP_STEP or not CROP_STEP <= self.crop <= IMAGE_SIZE:
             raise ValueError(f"--crop {self.crop}: give a multiple of {CROP_STEP} up to {IMAGE_SIZE}")
+
+    @property
+    def look(self) -> Look:
+        return self.plane, self.resize, self.slice_mm
 
     @property
     def config(self) -> HybridConfig:
@@ -115,7 +125,10 @@ def start(settings: Settings) -> Run:
 
 
 def validate(run: Run, case: SliceCase) -> tuple[float, float]:
-    """Dice of a whole scan, and the accuracy of the presence classifier over its slices."""
+    """Dice of a whole scan, and the accuracy of the presence classifier over its slices whose truth is known.
+
+    Over all where no annotator told it of any.
+    """
     network = cast(Hybrid, run.average.module)
     radius, masks, presence = network.config.radius, [], []
     for first in range(0, len(case), VALIDATION_STACK):
@@ -127,7 +140,7 @@ def validate(run: Run, case: SliceCase) -> tuple[float, float]:
         masks.append(logits.cpu().numpy() > 0)
         presence.append(present.cpu().numpy() > 0.5)
     correct = np.concatenate(presence) == case.label.any(axis=(1, 2))
-    return dice(np.concatenate(masks), case.label), float(correct.mean())
+    return dice(np.concatenate(masks), case.label), float(correct[case.known | ~case.known.any()].mean())
 
 
 def main(settings: Settings) -> None:
@@ -136,7 +149,9 @@ def main(settings: Settings) -> None:
         raise ValueError("--crop-share trains the CNN alone, which --no-cnn leaves out: give one of them")
     settings.out.mkdir(parents=True, exist_ok=True)
     entries, held_out = split(settings.data, settings.validation)
-    cases = slice_cases(entries + held_out, settings.cache_folder, settings.plane, settings.resize, settings.jobs)
+    cases = slice_cases(entries + held_out, settings.cache_folder, settings.look, settings.jobs)
+    if settings.gate and not any(map(known_absent, cases[: len(entries)])):
+        print(NEVER_ABSENT, file=sys.stderr)
     run = start(settings)
     radius, shares = settings.config.radius, settings.shares
     sampler = StackSampler(cases[: len(entries)], settings.targets, radius, settings.seed, shares)
@@ -149,7 +164,8 @@ def main(settings: Settings) -> None:
     def scores() -> dict[str, float]:
         return scores_by_source(run, cases[len(entries) :], ("dice", "presence"), lambda case: validate(run, case))
 
-    metadata = {CONFIG: json.dumps(settings.config.to_dict()), "plane": settings.plane, "resize": settings.resize}
+    look = {"plane": settings.plane, "resize": settings.resize, "slice_mm": str(settings.slice_mm)}
+    metadata = {CONFIG: json.dumps(settings.config.to_dict()), **look}
 
     def keep() -> None:
         save_weights(run.average.module, settings.out / "hybrid.safetensors", metadata)

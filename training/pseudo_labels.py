@@ -24,7 +24,7 @@ from inference.hybrid.model import Hybrid, channels_last
 from inference.hybrid.predict import predict_slices
 from inference.hybrid.torch_engine import TorchHybrid
 from inference.pipeline import slice_source
-from inference.slices import SliceGrid
+from inference.slices import thick_grid, thicken, thin_matrix
 from inference.volume import case_name, read_volume, write_label
 from training import hybrid_training
 from training.cache import place
@@ -114,9 +114,9 @@ def write_completed(network: Hybrid, entry: Entry, settings: Settings, path: Pat
     label = np.zeros(volume.hu.shape, np.uint8)
     if entry.label and entry.annotated != "none":  # else nobody vouches for what the file holds
         label = (read_lesions(entry.label, volume.geometry) > 0).astype(np.uint8)
-    grid = SliceGrid(volume.body.shape, volume.spacing_mm, settings.plane, settings.resize)
-    predictions = predict_slices(TorchHybrid(network), grid, volume.body)
-    source = slice_source(predictions, grid, np.eye(len(grid), dtype=np.float32))
+    grid, step = thick_grid(volume.body.shape, volume.spacing_mm, *settings.look)
+    predictions = predict_slices(TorchHybrid(network), grid, thicken(volume.body, grid.axis, step))
+    source = slice_source(predictions, grid, thin_matrix(volume.body.shape[grid.axis], step))
     probability = np.stack([source(z).astype(np.float16) for z in range(len(volume.body))])
     label[volume.box] = complete(label[volume.box], probability, volume.geometry.voxel_ml, settings)
     write_label(label, volume.geometry, path)

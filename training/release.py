@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save
 from inference.atomic import write_whole
 from inference.fusion import FusionThresholds
 from inference.hybrid.config import HybridConfig
-from inference.slices import TISSUE_WINDOW_HU, Plane, Resize
+from inference.slices import SLICE_MM, TISSUE_WINDOW_HU, Plane, Resize
 from inference.unet import UNetConfig
 from inference.weights import FORMAT, MANIFEST, Gate
 from training.graph import export_graph
@@ -36,7 +36,7 @@ class Recipe:
     hybrid: HybridConfig
     plane: Plane = "axial"
     resize: Resize = "square"
-    slice_mm: float = 3.5  # the middle of what training shows: in use, thinner slices are put together to about that
+    slice_mm: float = SLICE_MM
     unet: UNetConfig = field(default_factory=UNetConfig)
     gate: Gate = field(default_factory=lambda: Gate(0.5))
     fusion: FusionThresholds = field(default_factory=FusionThresholds)
@@ -117,6 +117,7 @@ def main(settings: Settings) -> None:
         HybridConfig.from_dict(json.loads(hybrid[CONFIG])),
         hybrid["plane"],
         hybrid["resize"],
+        float(hybrid.get("slice_mm", SLICE_MM)),  # which weights of before do not tell
         unet=UNetConfig.from_dict(json.loads(unet[CONFIG])),
         training={"how": settings.how},
     )

@@ -8,14 +8,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import cast
 
 import numpy as np
 import torch
-from monai.inferers import sliding_window_inference
+from numpy.typing import NDArray
 from torch import Tensor
 
-from inference.unet import UNetConfig, channels
+from inference.unet import UNetConfig, blend_patches, channels
 from training.data import split
 from training.loop import Common, Run, Task, load_weights, save_weights, train
 from training.losses import annealed_weight, dice, mask_loss
@@ -84,11 +83,15 @@ def supervised_loss(outputs: Tensor, target: Tensor, weight: float = 1.0, source
 
 
 def validate(run: Run, case: GridCase, config: UNetConfig) -> float:
-    """Dice of a whole scan, patches of the inference's size blended."""
-    image = torch.from_numpy(channels(case.hu.astype(np.float32), config))[None].to(run.fabric.device)
-    with run.fabric.autocast():
-        logits = sliding_window_inference(image, config.patch, 1, run.average, overlap=0.25, mode="gaussian")
-    return dice(cast(Tensor, logits)[0, 0].cpu().numpy() > 0, case.label)
+    """Dice of a whole scan, from the inference's patches."""
+
+    def run_patch(patch_hu: NDArray[np.float32], _: bool) -> NDArray[np.float32]:
+        image = torch.from_numpy(channels(patch_hu, config))[None].to(run.fabric.device)
+        with run.fabric.autocast():
+            logits = run.average(image)
+        return logits[0, 0].float().sigmoid().cpu().numpy()
+
+    return dice(blend_patches(case.hu.astype(np.float32), config, run_patch) >= 0.5, case.label)
 
 
 def main(settings: Settings) -> None:

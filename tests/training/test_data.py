@@ -112,7 +112,7 @@ def test_beyond_an_unknown_organ_map_nothing_is_known(folder, own, tmp_path) -> 
         drawn = PatchSampler(cases, config, seed=0).batch(0, range(2), (16, 128, 128)).organs
         assert set(np.unique(drawn)) <= {outside, *np.unique(cases[0].organs)}
         assert (drawn == outside).any()
-        sampler = StackSampler(slice_cases([entry], tmp_path / "slices", "axial", "square"), 2, 2, seed=4)
+        sampler = StackSampler(slice_cases([entry], tmp_path / "slices", ("axial", "square", 0)), 2, 2, seed=4)
         assert (sampler.batch(0, range(8)).organs == UNKNOWN).all() == (outside == UNKNOWN)
 
 
@@ -121,7 +121,7 @@ def test_a_folder_that_teaches_nothing_is_named(folder, own, tmp_path) -> None:
         image = nib.load(label)
         nib.save(nib.Nifti1Image(np.zeros(image.shape, np.uint8), image.affine), label)
     write_rows(own, **{f"c{i}": "partial 0 liver" for i in range(6)})
-    cases = slice_cases([*read_folder(folder), *read_folder(own)], tmp_path / "cache", "axial", "square")
+    cases = slice_cases([*read_folder(folder), *read_folder(own)], tmp_path / "cache", ("axial", "square", 0))
     with pytest.raises(ValueError, match=r"own: no scan has a lesion, or is known to have none: leave this folder out"):
         StackSampler(cases, 2, 2, 0, (1.0, 1.0))
 
@@ -157,7 +157,7 @@ def test_the_cache_lists_every_case_that_cannot_be_read(own, tmp_path) -> None:
 
 def test_the_classifier_learns_only_from_slices_whose_truth_is_known(own, tmp_path) -> None:
     write_rows(own, **{f"c{i}": "partial 0 liver" for i in range(5)}, c5="none 1 none")
-    cases = slice_cases(read_folder(own), tmp_path / "cache", "axial", "square")
+    cases = slice_cases(read_folder(own), tmp_path / "cache", ("axial", "square", 0))
     sampler = StackSampler(cases, 3, 2, seed=0)
     ((only_healthy,),) = sampler.healthy
     assert (only_healthy.organs == UNKNOWN).any()  # c5 alone has no organs
@@ -172,7 +172,7 @@ def test_the_classifier_learns_only_from_slices_whose_truth_is_known(own, tmp_pa
 def test_lung_lesions_are_also_seen_in_the_lung_window(own, tmp_path) -> None:
     """Outside the lesion the scan has 0 HU: 200 / 500 of the tissue window, 1300 / 1600 of the lung window."""
     write_rows(own, **{f"c{i}": "1 0 lung" for i in range(4)}, c4="none 1 none", c5="none 1 none")
-    (case,) = slice_cases(read_folder(own)[:1], tmp_path / "cache", "axial", "square")
+    (case,) = slice_cases(read_folder(own)[:1], tmp_path / "cache", ("axial", "square", 0))
     body = (case.organs == Organ.SPLEEN) & (case.tissue > 0)
     assert np.median(case.tissue[body]) == pytest.approx(255 * 200 / 500, abs=3)
     assert np.median(case.lung[body]) == pytest.approx(255 * 1300 / 1600, abs=3)
@@ -182,7 +182,7 @@ def test_lung_lesions_are_also_seen_in_the_lung_window(own, tmp_path) -> None:
 
 
 def test_a_member_of_a_batch_is_the_same_whoever_asks(folder, tmp_path) -> None:
-    sampler = StackSampler(slice_cases(read_folder(folder), tmp_path / "cache", "axial", "square"), 2, 2, seed=4)
+    sampler = StackSampler(slice_cases(read_folder(folder), tmp_path / "cache", ("axial", "square", 0)), 2, 2, seed=4)
     whole, odd = sampler.batch(7, range(4)), sampler.batch(7, range(1, 4, 2))
     assert all((a[1::2] == b).all() for a, b in zip(whole, odd, strict=True))
     assert not (sampler.batch(8, range(4)).image == whole.image).all()

@@ -46,7 +46,7 @@ def hybrid_settings(folder: Path, out: Path) -> hybrid_training.Settings:
 
 
 def stack_sampler(folder: Path, cache: Path, targets: int, seed: int = 0) -> StackSampler:
-    return StackSampler(slice_cases(read_folder(folder), cache, "axial", "square"), targets, 2, seed)
+    return StackSampler(slice_cases(read_folder(folder), cache, ("axial", "square", 0)), targets, 2, seed)
 
 
 def patch_sampler(folder: Path, cache: Path, config: UNetConfig) -> PatchSampler:

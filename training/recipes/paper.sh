@@ -12,8 +12,8 @@ steps=${STEPS:?how many steps are a training}
 run="torchrun --standalone --nproc-per-node ${PROCESSES:-1} -m training"
 
 # Table 2 of the paper: Adam 5e-4, periodic decay, 16 windows a batch, He initialisation, no pre-trained weights; coronal
-# slices, each axis stretched to 256.
-table2="--preset paper --plane coronal --resize stretch --stacks 16 --targets 1 --schedule step --learning-rate 5e-4 \
+# slices as they are, each axis stretched to 256.
+table2="--preset paper --plane coronal --resize stretch --slice-mm 0 --stacks 16 --targets 1 --schedule step --learning-rate 5e-4 \
     --device cuda --steps $steps"
 
 python -m training pseudo-labels --data "$data" --out "$work/pseudo" --folds 5 $table2
