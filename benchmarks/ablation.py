@@ -7,16 +7,18 @@ gate of the slices is chosen on the cases that the training keeps out. A variant
 Differences to the full method are means over cases and seeds, with a bootstrap interval over cases.
 
 With `--weights hybrid.safetensors` every variant, the full method too, goes on from a trained network, and what is
-measured is how well training mends the loss of a part: hours less, and kind to the full method.
+measured is how well training mends the loss of a part: hours less, and kind to the full method. "layer norm" cannot go
+on from batch norm: name the other `--variants`.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
+import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import matplotlib
@@ -35,6 +37,7 @@ from training.calibration import calibrate_all, choose_slice_gate, predict, pred
 from training.data import Entry, load_case, read_folder, split
 from training.loop import load_weights
 from training.losses import LESION_WEIGHT
+from training.resume import recorded
 from training.settings import refuse_less
 from training.sources import by_source, short_names
 
@@ -55,6 +58,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 COLOURS = {"hybrid": "#e07b39", "fused": "#2a78b5"}  # of the networks that a variant changes
 NETWORKS = tuple(COLOURS)
+DONE = "figures.json"  # in the folder of a variant and seed
 RESAMPLINGS = 10_000
 Scores = dict[str, NDArray[np.float64]]
 Figures = dict[str, dict[str, float]]
@@ -161,30 +165,58 @@ def check_files(settings: Settings) -> None:
             f"--held-out {' '.join(map(str, settings.held_out))}: one patient at most is annotated completely in each, "
             "but thresholds are chosen on some and judged on others: add scans of others"
         )
-    if settings.weights:
-        for name, changes in variants(settings).items():
-            try:
-                own = training_settings(settings, changes, settings.work)
-                load_weights(Hybrid(own.config), own.weights or settings.weights)
-            except ValueError as error:
-                raise ValueError(
-                    f"--weights: no start for {name!r} ({error}): name others, or other --variants"
-                ) from error
+    for name, changes in variants(settings).items():
+        own = training_settings(settings, changes, settings.work)
+        try:
+            if own.weights:
+                load_weights(Hybrid(own.config), own.weights)
+        except ValueError as error:
+            raise ValueError(f"--weights: no start for {name!r} ({error}): name others, or other --variants") from error
+        for seed in settings.seeds:
+            done, now = folder_of(settings, name, seed) / DONE, conditions(settings, changes, seed)
+            if done.exists() and json.loads(done.read_text()).get("conditions") != now:
+                raise ValueError(f"{done}: of other settings or held-out cases: name another --work, or remove it")
 
 
-def figures(settings: Settings, changes: dict[str, Any], folder: Path, seed: int, said: Path) -> Figures:
+def folder_of(settings: Settings, name: str, seed: int) -> Path:
+    return settings.work / f"{name} {seed}"
+
+
+def conditions(settings: Settings, changes: dict[str, Any], seed: int) -> dict[str, Any]:
+    """What the figures of a variant hold for: how it is trained, on what, from what, and the cases that judge it."""
+    own = training_settings(settings, changes, settings.work, seed)
+    start = own.weights and hashlib.sha256(own.weights.read_bytes()).hexdigest()
+    return {
+        **recorded(own),
+        "weights": start,
+        "unet": hashlib.sha256(settings.unet.read_bytes()).hexdigest(),
+        "validation": own.validation,
+        "data": list(map(str, own.data)),
+        "judged": list(named(judged_entries(settings))),
+    }
+
+
+def named(entries: list[Entry]) -> dict[str, Entry]:
+    """Entries by FOLDER/CASE."""
+    short = short_names(by_source(entries))
+    return {f"{short[entry.source]}/{entry.name}": entry for entry in entries}
+
+
+def figures(settings: Settings, changes: dict[str, Any], name: str, seed: int, said: Path) -> Figures:
     """Dice of each judged FOLDER/CASE, by network, and 1 for each `HEALTHY` one; trained unless it was before.
 
     said: see `judge`.
     """
-    done = folder / "figures.json"
+    folder = folder_of(settings, name, seed)
+    done = folder / DONE
     if done.exists():
-        return dict(json.loads(done.read_text()))
+        return dict(json.loads(done.read_text())["figures"])
     own = training_settings(settings, changes, folder, seed)
     hybrid_training.main(own)
     release.main(release.Settings(folder / "hybrid.safetensors", settings.unet, folder / "weights"))
     result = judge(Pipeline(folder / "weights"), split(own.data, own.validation)[1], judged_entries(settings), said)
-    write_whole(done, json.dumps(result).encode())
+    told = {"conditions": conditions(settings, changes, seed), "figures": result}
+    write_whole(done, json.dumps(told).encode())
     return result
 
 
@@ -199,8 +231,7 @@ def judge(pipeline: Pipeline, kept_out: list[Entry], entries: list[Entry], said:
         if not by_unet.exists():
             np.save(by_unet, predict_unet(pipeline, case))
         cases.append(predict(pipeline, case, np.load(by_unet, mmap_mode="r")))
-    short = short_names(by_source(entries))
-    names = [f"{short[entry.source]}/{entry.name}" for entry in entries]
+    names = list(named(entries))
     result: Figures = {kind: dict.fromkeys(names, 0.0) for kind in NETWORKS}
     first, second = halves(entries)
     for chosen_on, judged_on in ((first, second), (second, first)):
@@ -277,16 +308,14 @@ def draw(told: dict[str, Any], path: Path) -> None:
 
 def main(settings: Settings) -> None:
     check_out(settings.out)
-    settings.work.mkdir(parents=True, exist_ok=True)
+    said = settings.work / "by_unet"
+    shutil.rmtree(said, ignore_errors=True)  # of another call's cases
+    said.mkdir(parents=True)
     check_files(settings)
-    with TemporaryDirectory(dir=settings.work) as said:
-        results = {
-            name: [
-                figures(settings, changes, settings.work / f"{name} {seed}", seed, Path(said))
-                for seed in settings.seeds
-            ]
-            for name, changes in variants(settings).items()
-        }
+    results = {
+        name: [figures(settings, changes, name, seed, said) for seed in settings.seeds]
+        for name, changes in variants(settings).items()
+    }
     told = {
         "minutes": settings.minutes,
         "steps": settings.steps,

@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from benchmarks.command_line import run_main
 from benchmarks.networks import Recorder
-from benchmarks.results_file import check_out
+from benchmarks.results_file import check_out, machine
 from eval.cases import read_json
 from eval.lesions import detect
 from inference.atomic import write_whole
@@ -131,6 +131,7 @@ def main(settings: Settings) -> None:
     run = {
         "date": datetime.now(UTC).date().isoformat(),
         "command": f"python -m benchmarks.phantom_accuracy {command}",
+        "machine": machine(),
     }
     if run not in told["runs"]:
         told["runs"].append(run)

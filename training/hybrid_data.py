@@ -58,12 +58,13 @@ def cut_case(case: Case, look: Look) -> Arrays:
         name: np.rint(grid.cut(hu, 0, len(grid), window) * 255).astype(np.uint8) for name, window in WINDOWS.items()
     }
     label = cut_label(case.label > 0, grid, step)
-    given = thicken(PER_MILLE * (case.label == 1), grid.axis, step)
     middle = np.minimum(np.arange(len(grid)) * step + step // 2, case.organs.shape[grid.axis] - 1)
     organs, outside = case.organs.take(middle, grid.axis), beyond(case.organs)
     organs = np.stack([grid.resample_labels(organs[grid[i]], outside) for i in range(len(grid))])
     lesion_slices = np.flatnonzero(label.any(axis=(1, 2)))
-    known = np.array([given[grid[i]].any() for i in range(len(grid))]) | case.entry.complete
+    given = thicken(PER_MILLE * (case.label == 1), grid.axis, step)
+    told = np.array([given[grid[i]].any() for i in range(len(grid))]) & label.any(axis=(1, 2))
+    known = told | case.entry.complete
     return {
         **images, "label": label.astype(np.uint8), "organs": organs, "lesion_slices": lesion_slices, "known": known
     }  # fmt: skip
@@ -74,8 +75,9 @@ def cut_label(lesion: NDArray[np.bool_], grid: SliceGrid, step: int) -> NDArray[
 
     grid, step: as `thick_grid` gives them.
     """
-    per_mille = thicken(PER_MILLE * lesion, grid.axis, step).astype(np.float32)
-    return np.stack([grid.resample(per_mille[grid[i]]) >= PER_MILLE / 2 for i in range(len(grid))])
+    per_mille = thicken(PER_MILLE * lesion, grid.axis, step)
+    slices = (grid.resample(per_mille[grid[i]].astype(np.float32)) for i in range(len(grid)))
+    return np.stack([part >= PER_MILLE / 2 for part in slices])
 
 
 def slice_cases(entries: list[Entry], cache: Path, look: Look, jobs: int = 1) -> list[SliceCase]:

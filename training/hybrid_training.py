@@ -22,6 +22,7 @@ from inference.hybrid.config import IMAGE_SIZE, PRESETS, HybridConfig, Norm
 from inference.hybrid.model import Hybrid, channels_last
 from inference.hybrid.torch_engine import run_stack
 from inference.slices import SLICE_MM, Plane, Resize
+from inference.volume import SPACING_MM
 from training.data import split
 from training.hybrid_data import Look, SliceCase, Stacks, StackSampler, known_absent, slice_cases
 from training.loop import Common, Run, Task, load_weights, save_weights, train
@@ -67,6 +68,8 @@ class Settings(Common):
             raise ValueError("--stacks, --targets and --crop-stacks must be 1 or more")
         refuse_beyond(self, ("crop_share",))
         refuse_less(self, {"classifier_weight": 0, "slice_mm": 0})
+        if self.slice_mm > SPACING_MM[1]:
+            raise ValueError(f"--slice-mm {self.slice_mm}: give {SPACING_MM[1]} or less")
         if self.crop % CROP_STEP or not CROP_STEP <= self.crop <= IMAGE_SIZE:
             raise ValueError(f"--crop {self.crop}: give a multiple of {CROP_STEP} up to {IMAGE_SIZE}")
 
@@ -150,9 +153,9 @@ def main(settings: Settings) -> None:
     settings.out.mkdir(parents=True, exist_ok=True)
     entries, held_out = split(settings.data, settings.validation)
     cases = slice_cases(entries + held_out, settings.cache_folder, settings.look, settings.jobs)
-    if settings.gate and not any(map(known_absent, cases[: len(entries)])):
-        print(NEVER_ABSENT, file=sys.stderr)
     run = start(settings)
+    if settings.gate and run.fabric.is_global_zero and not any(map(known_absent, cases[: len(entries)])):
+        print(NEVER_ABSENT, file=sys.stderr)
     radius, shares = settings.config.radius, settings.shares
     sampler = StackSampler(cases[: len(entries)], settings.targets, radius, settings.seed, shares)
 

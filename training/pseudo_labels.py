@@ -30,7 +30,7 @@ from training import hybrid_training
 from training.cache import place
 from training.data import PSEUDO, Entry, link, read_folder, read_lesions
 from training.loop import CHECKPOINT, make_fabric, write_file
-from training.resume import recorded
+from training.resume import differing, list_changes, recorded
 from training.settings import refuse_beyond, refuse_less
 
 TOUCH = np.ones((3, 3, 3), bool)
@@ -161,12 +161,11 @@ def refuse_changes(entries: list[Entry], settings: Settings, before: dict[str, s
     begun = any(settings.labels.glob("*.nii.gz")) or any(settings.out.glob(f"fold_*/{CHECKPOINT}"))
     whole = begun and all(there)
     bound = {name: name in DRAW or (whole if name in BUDGET else begun) for name in now}
-    changed = [name for name in now if bound[name] and before.get(name, now[name]) != now[name]]
+    changed = [name for name in differing(before, now) if bound[name]]
     if changed:
         others = "other --folds or another --seed" if set(changed) & set(DRAW) else "other settings"
-        told = ", ".join(f"--{name.replace('_', '-')} was {before[name]} and is {now[name]}" for name in changed)
         mend = "give what it was, or name another --out"
-        raise ValueError(f"{settings.out}: was begun with {others} ({told}): {mend}")
+        raise ValueError(f"{settings.out}: was begun with {others} ({list_changes(changed, before, now)}): {mend}")
 
 
 def settle_folds(entries: list[Entry], settings: Settings) -> dict[str, int]:

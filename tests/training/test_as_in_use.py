@@ -17,6 +17,7 @@ from training import hybrid_training, release, unet_training
 from training.anatomy import Organ
 from training.data import Case, Entry, read_folder
 from training.hybrid_data import SliceCase, StackSampler, cut_case, known_absent
+from training.resume import differing, list_changes
 from training.unet import export_onnx
 from training.unet_data import GridCase
 
@@ -38,7 +39,7 @@ def thin_case() -> Case:
 def test_thin_slices_are_put_together_as_in_use() -> None:
     """By four: ⌈3.5 − 0.2⌉; the mean of 0, 10, 20, 30 HU is 15, that of the last two slices 205.
 
-    Half of the second thick slice is lesion, a quarter of the third, of which an annotator spoke all the same.
+    Half of the second thick slice is lesion, and a quarter of the third, which is neither lesion nor free of it.
     """
     case = thin_case()
     made = cut_case(case, ("axial", "square", 3.5))
@@ -46,7 +47,7 @@ def test_thin_slices_are_put_together_as_in_use() -> None:
     np.testing.assert_array_equal(made["tissue"][:, CENTRE, CENTRE], np.rint((means + 200) / 500 * 255))
     assert made["label"][:, CENTRE, CENTRE].tolist() == [0, 1, 0, 0, 0, 0]
     assert made["lesion_slices"].tolist() == [1]
-    assert made["known"].tolist() == [False, True, True, False, False, False]
+    assert made["known"].tolist() == [False, True, False, False, False, False]
     liver, spleen = Organ.LIVER, Organ.SPLEEN  # of slices 2, 6, 10, 14, 18 and 21
     assert made["organs"][:, CENTRE, CENTRE].tolist() == [liver, liver, liver, spleen, liver, liver]
     grid, step = thick_grid(case.hu.shape, case.spacing_mm, "axial", "square", 3.5)  # as the pipeline
@@ -103,6 +104,20 @@ def test_what_the_window_cut_off_has_no_noise() -> None:
     case = SliceCase(Path("own"), metal, metal, label, label, np.array([4]), np.ones(8, bool), "")
     images = StackSampler([case], 2, 2, seed=0).batch(0, range(12)).image[..., 100:156, 100:156]
     assert float(images.std(dim=(2, 3)).max()) < 1e-5
+
+
+@pytest.mark.parametrize("slice_mm", [-1.0, float("nan"), float("inf"), 1e30])
+def test_slices_of_no_thickness_are_refused(folder, tmp_path, slice_mm) -> None:
+    with pytest.raises(ValueError, match=r"--slice-mm .*: give .* or (more|less)"):
+        hybrid_training.Settings((folder,), tmp_path, slice_mm=slice_mm)
+
+
+def test_a_run_of_before_had_slices_as_they_were() -> None:
+    now, before = {"plane": "axial", "slice_mm": "3.5"}, {"plane": "axial"}
+    assert differing(before, now) == ["slice_mm"]
+    assert list_changes(["slice_mm"], before, now) == "--slice-mm was 0.0 and is 3.5"
+    assert differing(before, now | {"slice_mm": "0.0"}) == []
+    assert differing({}, now) == []  # nothing is known of it
 
 
 def slice_case(known: list[bool], lesion_slices: list[int]) -> SliceCase:

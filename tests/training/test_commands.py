@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -96,6 +98,7 @@ def test_ablation_compares_variants_and_does_none_twice(folder, tmp_path, comman
     assert json.loads((tmp_path / "ablation.json").read_text())["variants"] == told["variants"]
     trained = tmp_path / "work" / "full 0" / "hybrid.safetensors"
     mistakes = (
+        ({"shares": (1.0, 2.0)}, ValueError, "--shares"),
         ({"weights": trained, "variants": ("layer norm",)}, ValueError, "no start for 'layer norm'"),
         ({"unet": tmp_path / "gone.onnx"}, OSError, "gone.onnx"),
         ({"partial": tmp_path / "gone"}, ValueError, "gone: no scan"),
@@ -104,6 +107,37 @@ def test_ablation_compares_variants_and_does_none_twice(folder, tmp_path, comman
     for change, kind, told_of in mistakes:  # before anything is trained
         with pytest.raises(kind, match=told_of):
             ablation.main(replace(settings, work=tmp_path / "new", **change))
+    for change in ({"steps": 2}, {"weights": trained}, {"held_out": (folder, copy_of(folder, tmp_path))}):
+        with pytest.raises(ValueError, match="of other settings or held-out cases"):
+            ablation.main(replace(settings, **change))
+
+
+def copy_of(folder: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(folder, tmp_path / "copy", dirs_exist_ok=True))
+
+
+def test_ablation_chooses_on_one_half_what_it_judges_on_the_other(folder, tmp_path, monkeypatch) -> None:
+    """And asks the UNet once a case, and for the gate only of what the training kept out."""
+    entries, asked, chosen = read_folder(folder), [], []
+    monkeypatch.setattr(ablation, "load_case", lambda entry: entry)
+    monkeypatch.setattr(ablation, "predict_unet", lambda _, entry: asked.append(entry.name) or np.zeros(1))
+
+    def predict(_pipeline: object, entry: Entry, _unet: np.ndarray) -> SimpleNamespace:
+        return SimpleNamespace(name=entry.name, label=np.ones(1), dice=lambda names, _: float(entry.name in names))
+
+    def calibrate_all(cases: list, gate: list[Entry]) -> dict:
+        assert gate == entries[:2]
+        chosen.append([case.name for case in cases])
+        return dict.fromkeys(ablation.NETWORKS, (chosen[-1], 0.0))
+
+    monkeypatch.setattr(ablation, "predict", predict)
+    monkeypatch.setattr(ablation, "choose_slice_gate", lambda _, cases: list(cases))
+    monkeypatch.setattr(ablation, "calibrate_all", calibrate_all)
+    for _ in range(2):
+        judged = ablation.judge(None, entries[:2], entries, tmp_path)
+        assert judged["fused"] == {f"{folder.name}/{entry.name}": 0.0 for entry in entries}  # chosen on none of itself
+    assert chosen == 2 * [["c0", "c2", "c4"], ["c1", "c3", "c5"]]
+    assert asked == [entry.name for entry in entries]
 
 
 def test_ablation_goes_on_from_weights(folder, tmp_path, command) -> None:

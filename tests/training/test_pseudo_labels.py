@@ -17,6 +17,7 @@ import torch
 from inference.hybrid.config import PRESETS, HybridConfig
 from inference.hybrid.model import Hybrid
 from inference.hybrid.predict import SlicePredictions
+from inference.slices import SliceGrid
 from training import hybrid_training, pseudo_labels
 from training.data import PSEUDO, Entry, link, load_case, read_folder
 from training.loop import save_weights
@@ -313,6 +314,27 @@ def test_labels_that_nobody_vouches_for_are_not_read(own, tmp_path, monkeypatch)
             None, replace(entry, annotated=annotated), SETTINGS, tmp_path / "completed.nii.gz"
         )
         np.testing.assert_array_equal(np.asarray(nib.load(tmp_path / "completed.nii.gz").dataobj), expected)
+
+
+@pytest.mark.parametrize(("slice_mm", "slices"), [(12.0, 5), (0.0, 20)])
+def test_a_fold_seeks_in_slices_as_it_learned(own, tmp_path, monkeypatch, slice_mm, slices) -> None:
+    """Twenty of 3 mm, by fours or as they are; a lesion in all of the first four."""
+    seen = []
+
+    def predict(_network: object, grid: SliceGrid, hu: np.ndarray) -> SlicePredictions:
+        seen.append((len(grid), len(hu)))
+        probability = np.zeros((len(grid), 256, 256), np.float16)
+        probability[: len(grid) // 5] = 1
+        return SlicePredictions(probability, np.ones(len(grid)))
+
+    monkeypatch.setattr(pseudo_labels, "TorchHybrid", lambda network: network)
+    monkeypatch.setattr(pseudo_labels, "predict_slices", predict)
+    entry = replace(read_folder(own)[0], annotated="none")
+    settings = replace(SETTINGS, slice_mm=slice_mm, confidence=0.0)
+    pseudo_labels.write_completed(None, entry, settings, tmp_path / "completed.nii.gz")
+    assert seen == [(slices, slices)]
+    added = np.asarray(nib.load(tmp_path / "completed.nii.gz").dataobj).any(axis=(0, 1))
+    assert added.tolist() == [True] * 4 + [False] * 16
 
 
 def test_scans_that_are_no_hu_are_not_sought_through(own, tmp_path) -> None:
