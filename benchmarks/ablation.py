@@ -32,6 +32,7 @@ from benchmarks.results_file import check_out, write_results
 from inference.atomic import write_whole
 from inference.hybrid.model import Hybrid
 from inference.pipeline import Pipeline
+from inference.slices import SLICE_MM
 from training import hybrid_training, release
 from training.calibration import calibrate_all, choose_slice_gate, predict, predict_unet
 from training.data import Entry, load_case, read_folder, split
@@ -64,7 +65,7 @@ Scores = dict[str, NDArray[np.float64]]
 Figures = dict[str, dict[str, float]]
 Runs = list[Figures]
 RECIPE = ("learning_rate", "crop_share", "crop_stacks", "stacks", "classifier_weight", "lesion_weight", "frozen_norms")
-TRAINING = ("data", "shares", "minutes", "steps", "validation", "validations", *RECIPE)
+TRAINING = ("data", "shares", "slice_mm", "minutes", "steps", "validation", "validations", *RECIPE)
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,8 @@ class Settings:
     out: Path = Path("benchmarks/results/ablation.json")
     minutes: float = 20.0  # a training
     steps: int = 0  # a training, instead
-    shares: tuple[float, ...] = ()  # this and the next two as a training's
+    shares: tuple[float, ...] = ()  # this and the next three as a training's
+    slice_mm: float = SLICE_MM
     validation: int = 12
     validations: int = 7
     weights: Path | None = None  # hybrid.safetensors for every variant to go on from
