@@ -194,14 +194,14 @@ def conditions(settings: Settings, changes: dict[str, Any], seed: int) -> dict[s
         "unet": hashlib.sha256(settings.unet.read_bytes()).hexdigest(),
         "validation": own.validation,
         "data": list(map(str, own.data)),
-        "judged": list(named(judged_entries(settings))),
+        "judged": names_of(judged_entries(settings)),
     }
 
 
-def named(entries: list[Entry]) -> dict[str, Entry]:
-    """Entries by FOLDER/CASE."""
+def names_of(entries: list[Entry]) -> list[str]:
+    """FOLDER/CASE of each."""
     short = short_names(by_source(entries))
-    return {f"{short[entry.source]}/{entry.name}": entry for entry in entries}
+    return [f"{short[entry.source]}/{entry.name}" for entry in entries]
 
 
 def figures(settings: Settings, changes: dict[str, Any], name: str, seed: int, said: Path) -> Figures:
@@ -233,7 +233,7 @@ def judge(pipeline: Pipeline, kept_out: list[Entry], entries: list[Entry], said:
         if not by_unet.exists():
             np.save(by_unet, predict_unet(pipeline, case))
         cases.append(predict(pipeline, case, np.load(by_unet, mmap_mode="r")))
-    names = list(named(entries))
+    names = names_of(entries)
     result: Figures = {kind: dict.fromkeys(names, 0.0) for kind in NETWORKS}
     first, second = halves(entries)
     for chosen_on, judged_on in ((first, second), (second, first)):
